@@ -1,0 +1,27 @@
+"""The InfoSAM loss for fine-tuning Segment Anything models, and the matrix-based Rényi entropies behind it."""
+
+from renyi_kd.diagnostics import RelationDiagnostics
+from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
+from renyi_kd.features import SAMFeatures
+from renyi_kd.gram import gram_matrix
+from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
+from renyi_kd.relation import RelationModule
+from renyi_kd.tap import Tap, tap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InfoSAMLoss",
+    "InfoSAMTerms",
+    "RelationDiagnostics",
+    "RelationModule",
+    "SAMFeatures",
+    "Tap",
+    "conditional_entropy",
+    "gram_matrix",
+    "infosam_terms",
+    "joint_entropy",
+    "mutual_information",
+    "renyi_entropy",
+    "tap",
+]

@@ -1,0 +1,14 @@
+"""Gram matrix of few, very long rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from renyi_kd.kernels.batch_gram import reference
+from renyi_kd.kernels.dispatch import Impl, resolve
+
+
+def batch_gram(rows: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Return what :func:`reference.batch_gram` defines, by the implementation that ``impl`` names."""
+    resolve(impl)
+    return reference.batch_gram(rows)

@@ -1,0 +1,190 @@
+r"""Scores of layer-normalised pixels along given directions, without the normalised map.
+
+    s_p = (x_p - mean_p) . w rstd_p        rstd_p = 1 / sqrt(var_p + eps), mean and var over the channels of pixel p
+
+A normalised pixel has mean zero, so only ``v = w - mean(w)`` counts, and the mean drops out: ``s_p = rstd_p x_p . v``.
+With g_p the gradient of s_p, and sums over p or over the scores that share a pixel,
+
+    dv = sum_p g_p rstd_p x_p        dx_p = sum rstd_p g_p v + b_p (x_p - mean_p)        b_p = -rstd_p^2 / d sum g_p s_p
+
+Few large operations, because in eager PyTorch each call costs as much as some thousand pixels: all scores and means
+are one product of thin matrices; the variance is summed in blocks that stay in the cache, from deviations (E[x^2] -
+E[x]^2 would lose all digits where the mean is large); the gradient is written in blocks too. The map is read twice
+forward and twice backward; kept are the scores and two numbers a pixel. A pixel whose channels are all alike has no
+direction: its score is 0 and so is its gradient (LayerNorm would multiply it by 1 / sqrt(eps): a dead pixel would
+outweigh all others).
+
+Any float dtype (sums in fp32, in fp64 for fp64), any strides, any sizes >= 1. First derivatives only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 1 MiB in fp32: a block and what is derived from it fit in a 2 MiB L2 cache.
+_BLOCK_ELEMENTS = 2**18
+
+
+def relation_scores(
+    image_features: Tensor, directions: Tensor, image_index: Sequence[int] | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """Return the score of every pixel along every direction of its image.
+
+    Args:
+        image_features: ``[b, d, h, w]``, floating point, any strides.
+        directions: ``[s, n, d]``: w, one per sample and token; fp32, or fp64 for fp64 features.
+        image_index: the image of each of the s samples; None when sample i belongs to image i.
+        eps: added to the variance.
+
+    Returns:
+        ``[s, n, h * w]`` in the dtype of ``directions``. First derivatives for both tensors.
+
+    Raises:
+        NotImplementedError: a second derivative is asked for.
+
+    Cost: four reads and one write of the map for forward and backward, O(b m n h w d) products with m the most samples
+    of one image; no extra memory but two blocks, the scores and two numbers a pixel.
+
+    Source: the attention score of InfoSAM (ICML 2025), with the key projection folded into w by associativity.
+
+    """
+    centred = directions - directions.mean(-1, keepdim=True)
+    if image_index is None:
+        scores: Tensor = _RelationScores.apply(image_features, centred, eps)  # type: ignore[no-untyped-call]
+        return scores
+    # One product for all images: those with fewer samples than others are filled up with directions of zero.
+    n_images, n_tokens = len(image_features), directions.shape[1]
+    places = _places(image_index)
+    n_places = max(place for _, place in places) + 1
+    images, slots = torch.tensor(places, device=directions.device).unbind(1)
+    by_image = centred.new_zeros(n_images, n_places, *centred.shape[1:]).index_put((images, slots), centred)
+    padded: Tensor = _RelationScores.apply(image_features, by_image.flatten(1, 2), eps)  # type: ignore[no-untyped-call]
+    return padded.view(n_images, n_places, n_tokens, -1)[images, slots]
+
+
+class _RelationScores(torch.autograd.Function):
+    """Scores ``[b, m, h * w]`` of m centred directions ``[b, m, d]`` per image."""
+
+    @staticmethod
+    def forward(ctx: Any, image_features: Tensor, directions: Tensor, eps: float) -> Tensor:
+        n_images, n_channels, height, width = image_features.shape
+        averaging = directions.new_full((n_images, 1, n_channels), 1 / n_channels)
+        products = directions.new_empty(n_images, directions.shape[1] + 1, height * width)
+        mean, variance = products[:, -1:], directions.new_zeros(n_images, 1, height * width)
+        with torch.autocast(image_features.device.type, enabled=False):
+            left = torch.cat([directions, averaging], 1)
+            for part, x in _parts(image_features, directions.dtype):
+                torch.bmm(left, x, out=products[:, :, part])
+                memory = None
+                by_pixel = mean[:, :, part], variance[:, :, part]
+                for block, weights, block_mean, total in _blocks((x,), (averaging,), by_pixel):
+                    if memory is None or memory.shape != block.shape:
+                        memory = torch.empty_like(block)
+                    # (x - mean)^2 in one pass and into memory that is there already, which no public name offers.
+                    squares = torch.ops.aten.mse_loss.out(block, block_mean.expand_as(block), 0, out=memory)
+                    total.baddbmm_(weights, squares)
+            alive = variance > (4 * torch.finfo(mean.dtype).eps * mean).square()
+            rstd = (variance + eps).rsqrt_().mul_(alive)
+            # Rounding leaves the directions a mean, which a large mean of the pixels would make visible.
+            rest = directions.sum(-1, keepdim=True)
+            scores = torch.addcmul(products[:, :-1], rest, mean, value=-1).mul_(rstd)
+        ctx.save_for_backward(image_features, directions, mean.clone(), rstd, scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Grad mode is on here only under create_graph=True. once_differentiable would not do: with a constant
+        # upstream gradient it detaches silently, and a gradient penalty becomes zero.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "relation_scores: backward must run without create_graph=True, got a request for a second derivative; "
+                "differentiate a textbook implementation instead"
+            )
+        image_features, directions, mean, rstd, scores = ctx.saved_tensors
+        n_images, n_channels, _, _ = image_features.shape
+        needs_features, needs_directions, _ = ctx.needs_input_grad
+        grad_features = _empty_gradient(image_features) if needs_features else None
+        grad_directions = torch.zeros_like(directions) if needs_directions else None
+        with torch.autocast(image_features.device.type, enabled=False):
+            weights = grad_scores * rstd
+            slope = (weights * scores).sum(1, keepdim=True).mul_(rstd).div_(-n_channels)
+            left = torch.cat([directions, directions.new_ones(n_images, 1, n_channels)], 1)
+            weights_and_shift = torch.cat([weights, slope * -mean], 1)
+            for part, x in _parts(image_features, directions.dtype):
+                if grad_directions is not None:
+                    grad_directions.baddbmm_(weights[:, :, part], x.mT)
+                if grad_features is None:
+                    continue
+                target = grad_features.flatten(2)[:, :, part]
+                in_place = target.dtype == x.dtype
+                gradient = target if in_place else torch.empty_like(x)
+                by_pixel = slope[:, :, part], weights_and_shift[:, :, part]
+                for block, out, block_left, block_slope, block_weights in _blocks((x, gradient), (left,), by_pixel):
+                    torch.mul(block, block_slope, out=out)
+                    out.baddbmm_(block_left.mT, block_weights)
+                if not in_place:
+                    target.copy_(gradient)
+        return grad_features, grad_directions, None
+
+
+def _places(image_index: Sequence[int]) -> list[tuple[int, int]]:
+    """Return for every sample its image and its number among the samples of that image."""
+    counts: dict[int, int] = {}
+    places = []
+    for image in image_index:
+        places.append((image, counts.get(image, 0)))
+        counts[image] = places[-1][1] + 1
+    return places
+
+
+def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the map as ``[b, d, pixels]`` in ``dtype`` with the range of its pixels.
+
+    That is the map itself, in one part, if it needs no copy; else copies of image rows, each about a block.
+    """
+    n_images, n_channels, height, width = image_features.shape
+    rows_merge = image_features.stride(2) == width * image_features.stride(3)
+    step = height
+    if image_features.dtype != dtype or not rows_merge:
+        step = max(1, _BLOCK_ELEMENTS // (n_images * n_channels * width))
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        yield slice(top * width, bottom * width), image_features[:, :, top:bottom].flatten(2).to(dtype)
+
+
+def _blocks(
+    maps: tuple[Tensor, ...], by_channel: tuple[Tensor, ...], by_pixel: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the blocks of ``[b, d, pixels]`` maps, with those of tensors ``[b, k, d]`` and ``[b, k, pixels]``.
+
+    A block is a range of channels, or of pixels where the channels of a pixel lie side by side.
+    """
+    n_images, n_channels, n_pixels = maps[0].shape
+    if maps[0].stride(1) == 1:
+        step = max(1, _BLOCK_ELEMENTS // (n_images * n_channels))
+        split = [
+            *(torch.split(m, step, 2) for m in maps),
+            *map(itertools.repeat, by_channel),
+            *(torch.split(p, step, 2) for p in by_pixel),
+        ]
+    else:
+        step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
+        split = [
+            *(torch.split(m, step, 1) for m in maps),
+            *(torch.split(c, step, 2) for c in by_channel),
+            *map(itertools.repeat, by_pixel),
+        ]
+    return zip(*split, strict=False)
+
+
+def _empty_gradient(image_features: Tensor) -> Tensor:
+    """Return an uninitialised map of the same shape whose pixels merge, channels last if the map's are."""
+    n_images, n_channels, height, width = image_features.shape
+    if image_features.stride(1) == 1:
+        return image_features.new_empty(n_images, height, width, n_channels).permute(0, 3, 1, 2)
+    return image_features.new_empty(n_images, n_channels, height, width)

@@ -1,0 +1,329 @@
+"""The InfoSAM loss: compress the relation of the frozen teacher, and carry it to the student."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from renyi_kd.diagnostics import RelationDiagnostics, diagnose
+from renyi_kd.features import SAMFeatures, check_features, image_of_samples
+from renyi_kd.gram import unit_diagonal
+from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.dispatch import Impl, resolve
+from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_grams
+from renyi_kd.relation import RelationModule
+from renyi_kd.tap import Tap
+
+Token = Literal["first", "all"] | int
+
+
+class InfoSAMTerms(NamedTuple):
+    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
+
+    Attributes:
+        loss: ``lambda_r * compression + lambda_d * distillation``.
+        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
+        distillation: L_d, the negative mutual information of the two relations.
+
+    """
+
+    loss: Tensor
+    compression: Tensor
+    distillation: Tensor
+
+
+def infosam_terms(
+    relation: RelationModule,
+    teacher: SAMFeatures,
+    student: SAMFeatures,
+    *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
+    alpha: float = 2.0,
+    detach_teacher_relation: bool = False,
+    check_finite: bool = False,
+    impl: Impl = "auto",
+) -> InfoSAMTerms:
+    r"""Return the InfoSAM loss of a batch and its two terms, in bits.
+
+    With S the Rényi entropy of order alpha over the s samples (image, prompt) of the batch, R the relation maps and
+    Z_I, Z_M the teacher's image features and mask tokens:
+
+        L_r = S(R_T) - S(Z_I, Z_M, R_T)        L_d = -I(R_T; R_S)        loss = lambda_r L_r + lambda_d L_d
+
+    The relation module gets gradients through both relations, as in the paper; the teacher's features get none. The
+    loss couples all samples: that of a split batch is another loss, and needs at least two samples. L_d does not pull
+    the student onto the teacher's relations: its minimum over the student has mutually orthogonal ones.
+
+    Args:
+        relation: the module that teacher and student share.
+        teacher: its :class:`SAMFeatures`.
+        student: likewise, of the same shapes and the same ``image_index``.
+        lambda_r: weight of L_r.
+        lambda_d: weight of L_d.
+        alpha: order of the entropies, in (0, inf]; the paper's is 2.
+        detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
+        check_finite: whether to look for NaN and inf first; waits for the device.
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
+
+    Returns:
+        :class:`InfoSAMTerms` in fp32, or fp64 if any feature is. First derivatives only.
+
+    Raises:
+        TypeError: a feature is not a floating-point tensor.
+        ValueError: shapes, devices or indices do not fit, there are fewer than two samples, nothing of the student
+            requires grad (while gradients are on), or, under ``check_finite``, a feature is not finite.
+
+    Cost: two reads of each map and one write; see ``kernels``. Extra memory is O(s n h w), nothing of a map's size.
+
+    Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920).
+
+    >>> relation = RelationModule(8)
+    >>> teacher = SAMFeatures(torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8))
+    >>> student = SAMFeatures(torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8))
+    >>> infosam_terms(relation, teacher, student).loss.backward()
+
+    """
+    grams = _grams(relation, teacher, student, check_finite, impl)
+    return _weigh(grams, lambda_r, lambda_d, alpha, detach_teacher_relation, impl)
+
+
+class InfoSAMLoss(nn.Module):
+    """The InfoSAM loss as a module: ``loss += infosam_loss(teacher, student, batch)``.
+
+    It owns the relation module, whose parameters belong in the optimiser beside the student's:
+    ``AdamW([*trainable, *infosam_loss.parameters()])``, and its state dict is that of the relation module under
+    ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`.
+
+    Args:
+        dim: channels of image features and mask tokens; 256 in every released SAM.
+        lambda_r: weight of the compression term L_r.
+        lambda_d: weight of the distillation term L_d.
+        alpha: order of the entropies, in (0, inf].
+        token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
+        detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
+        check_finite: whether to look for NaN and inf in every step; waits for the device.
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        RuntimeError: ``impl`` names an implementation that is not there.
+
+    Source: Zhang et al., InfoSAM, ICML 2025.
+
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        *,
+        lambda_r: float = 1.0,
+        lambda_d: float = 0.5,
+        alpha: float = 2.0,
+        token: Token = "first",
+        detach_teacher_relation: bool = False,
+        check_finite: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
+            if not math.isfinite(value):
+                raise ValueError(f"InfoSAMLoss: {name} must be finite, got {value}; 0 switches the term off")
+        if not alpha > 0:
+            raise ValueError(f"InfoSAMLoss: alpha must be above 0, got {alpha}; the paper's order is 2")
+        if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
+            raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
+        resolve(impl)
+        self.relation = RelationModule(dim)
+        self.lambda_r = lambda_r
+        self.lambda_d = lambda_d
+        self.alpha = alpha
+        self.token: Token = token
+        self.detach_teacher_relation = detach_teacher_relation
+        self.check_finite = check_finite
+        self.impl: Impl = impl
+        self._relation_grams: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, teacher: Tap | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
+        """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
+        return self.terms(teacher, student, batch).loss
+
+    def terms(self, teacher: Tap | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> InfoSAMTerms:
+        """Return the loss of a step and its two terms, in bits.
+
+        A tapped student contributes what it computed since the last call, or is run on ``batch`` if there is nothing.
+        A tapped teacher is always run here, on ``batch``, in eval mode and without gradient.
+
+        Args:
+            teacher: the tap of the frozen model, or its :class:`SAMFeatures`.
+            student: the tap of the model in training, or its :class:`SAMFeatures`.
+            batch: what the models run on. May be None if the student ran through its tap (the teacher then runs on
+                the same batches, of which there may be several), or if no teacher has to run.
+
+        Raises:
+            TypeError: ``teacher`` or ``student`` is neither a tap nor features.
+            RuntimeError: a tap has nothing to give; see :meth:`Tap.take` and :meth:`Tap.observe`.
+            ValueError: as :func:`infosam_terms`.
+
+        """
+        for name, source in (("teacher", teacher), ("student", student)):
+            if not isinstance(source, Tap | SAMFeatures):
+                raise TypeError(
+                    f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
+                    f"attach to a model once, before the loop: {name} = tap(model)"
+                )
+        batches = (batch,) if batch is not None else student.batches if isinstance(student, Tap) else ()
+        if isinstance(teacher, Tap) and not batches:
+            raise ValueError(
+                "InfoSAMLoss: batch must be given for the teacher to run on, got None; pass what the student ran on, "
+                "or run the student through its tap: student(batch)"
+            )
+        # The student first: what it has collected may be stale, and a teacher's forward is dear.
+        student_features = student.take(batch) if isinstance(student, Tap) else student
+        teacher_features = teacher.observe(*batches) if isinstance(teacher, Tap) else teacher
+        grams = _grams(
+            self.relation,
+            _with_token("teacher", teacher_features, self.token),
+            _with_token("student", student_features, self.token),
+            self.check_finite,
+            self.impl,
+        )
+        self._relation_grams = (grams.teacher.detach(), grams.student.detach())
+        return _weigh(grams, self.lambda_r, self.lambda_d, self.alpha, self.detach_teacher_relation, self.impl)
+
+    def diagnostics(self) -> RelationDiagnostics:
+        """Return the state of the relations in the last step: entropies and similarities, without gradient.
+
+        Raises:
+            RuntimeError: the loss was not computed yet.
+
+        """
+        if self._relation_grams is None:
+            raise RuntimeError(
+                "InfoSAMLoss: diagnostics must follow a step, got a loss that was not computed yet; call it first"
+            )
+        return diagnose(*self._relation_grams, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, token={self.token!r}"
+
+
+class _Grams(NamedTuple):
+    """Gram matrices of one step, each ``[s, s]`` in fp64 with unit diagonal, and the dtype of the loss."""
+
+    dtype: torch.dtype
+    image: Tensor
+    token: Tensor
+    teacher: Tensor
+    student: Tensor
+
+
+def _grams(
+    relation: RelationModule, teacher: SAMFeatures, student: SAMFeatures, check_finite: bool, impl: Impl
+) -> _Grams:
+    images = _checked_images(teacher, student)
+    if check_finite:
+        _check_finite(teacher, student)
+    teacher_map, teacher_tokens = teacher.image_features.detach(), teacher.mask_tokens.detach()
+    dtype = torch.float32
+    for value in (teacher_map, student.image_features, teacher_tokens, student.mask_tokens):
+        dtype = torch.promote_types(dtype, value.dtype)
+    tokens = torch.cat([teacher_tokens.to(dtype), student.mask_tokens.to(dtype)])
+    directions, offsets = (
+        (value[: len(teacher_tokens)], value[len(teacher_tokens) :]) for value in relation.collapse(tokens)
+    )
+    teacher_scores = relation.scores_along(teacher_map, directions[0], offsets[0], images, impl=impl)
+    student_scores = relation.scores_along(student.image_features, directions[1], offsets[1], images, impl=impl)
+    image_gram = batch_gram(teacher_map, impl=impl)
+    grams = [
+        image_gram if images is None else image_gram[images][:, images],
+        batch_gram(teacher_tokens, impl=impl),
+        # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
+        batch_gram(teacher_scores.double(), impl=impl),
+        batch_gram(student_scores.double(), impl=impl),
+    ]
+    return _Grams(dtype, *unit_diagonal(torch.stack(grams)).unbind())
+
+
+def _weigh(
+    grams: _Grams, lambda_r: float, lambda_d: float, alpha: float, detach_teacher_relation: bool, impl: Impl
+) -> InfoSAMTerms:
+    compression, distillation = terms_of_grams(
+        grams.image,
+        grams.token,
+        grams.teacher,
+        grams.student,
+        alpha=alpha,
+        detach_teacher=detach_teacher_relation,
+        impl=impl,
+    )
+    loss = lambda_r * compression + lambda_d * distillation
+    return InfoSAMTerms(loss.to(grams.dtype), compression.to(grams.dtype), distillation.to(grams.dtype))
+
+
+def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
+    check_features("infosam_terms", name, features)
+    if token == "all":
+        return features
+    index = 0 if token == "first" else token
+    if index >= features.mask_tokens.shape[1]:
+        raise ValueError(
+            f"InfoSAMLoss: token must be below the number of mask tokens, got {index} with "
+            f"{features.mask_tokens.shape[1]} tokens; 'first' and 'all' always exist"
+        )
+    return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
+
+
+def _checked_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:
+    """Return the image of each sample, the same for both; raise if teacher and student do not fit each other."""
+    check_features("infosam_terms", "teacher", teacher)
+    check_features("infosam_terms", "student", student)
+    for member in ("image_features", "mask_tokens"):
+        of_teacher, of_student = getattr(teacher, member), getattr(student, member)
+        if of_teacher.shape != of_student.shape:
+            raise ValueError(
+                f"infosam_terms: {member} of teacher and student must have one shape, got {tuple(of_teacher.shape)} "
+                f"and {tuple(of_student.shape)}; run both on the same images and prompts at one size, and call "
+                "clear() on the student's tap after a step whose loss was skipped"
+            )
+        if of_teacher.device != of_student.device:
+            raise ValueError(
+                f"infosam_terms: {member} of teacher and student must be on one device, got {of_teacher.device} and "
+                f"{of_student.device}; move one of the models"
+            )
+    n_samples = len(student.mask_tokens)
+    if n_samples == 1:
+        raise ValueError(
+            "infosam_terms: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
+            "gradient would be zero; use a larger batch, several prompts per image, or run the student through its "
+            "tap on several batches before the loss"
+        )
+    if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
+        raise ValueError(
+            "infosam_terms: the student's features must require grad, got features without gradient; run the student "
+            "without torch.no_grad, with parameters that are trained, or compute the loss under torch.no_grad"
+        )
+    images = image_of_samples("infosam_terms", "teacher", teacher)
+    if images != image_of_samples("infosam_terms", "student", student):
+        raise ValueError(
+            "infosam_terms: image_index of teacher and student must be the same, got different samples; "
+            "run both on the same images and prompts, in the same order"
+        )
+    return images
+
+
+def _check_finite(teacher: SAMFeatures, student: SAMFeatures) -> None:
+    for name, features in (("teacher", teacher), ("student", student)):
+        for member in ("image_features", "mask_tokens"):
+            value = getattr(features, member)
+            finite = value.detach().isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(
+                    f"infosam_terms: {name}.{member} must be finite, got NaN or inf in rows "
+                    f"{(~finite).nonzero().flatten().tolist()} of {len(finite)}; skip the step, lower the learning "
+                    "rate, or run that model in fp32"
+                )

@@ -1,0 +1,130 @@
+"""The relation between image features and mask tokens: one attention score per pixel, without its projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from renyi_kd.features import SAMFeatures, check_features, image_of_samples
+from renyi_kd.kernels.dispatch import Impl
+from renyi_kd.kernels.relation_scores import relation_scores
+
+
+class RelationModule(nn.Module):
+    r"""Relation of mask tokens and image features, as InfoSAM defines it.
+
+    With ``m = LN(z_m)``, ``Q = W_Q m + b_Q`` and ``K = W_K LN(z_i) + b_K`` the score of a pixel for a token is
+    ``Q . K / sqrt(D) + m . LN(z_i)``: no softmax. Computed as ``LN_0(z_i) . w + c``, with LN_0 the LayerNorm without
+    its affine part, ``u = W_K^T Q / sqrt(D) + m``, ``w = u gamma`` and ``c = Q . b_K / sqrt(D) + u . beta``: neither
+    the keys nor the normalised features are ever made. A state dict of the official module loads into this one.
+
+    Args:
+        dim: channels of image features and mask tokens.
+
+    Shape: ``module(image_features [b, d, h, w], mask_tokens [s, n, d], image_index [s] or None)`` gives the relation
+    maps ``[s, n, h, w]``, each sample's scores divided by their L2 norm; a sample whose scores are all zero stays so.
+
+    Cost: 2 D^2 + 6 D parameters (132,608 at D = 256); O(s n h w D / b) per image, see ``kernels/relation_scores``.
+
+    Source: Zhang et al., InfoSAM, ICML 2025: the relation module.
+
+    >>> relation = RelationModule(8)
+    >>> relation(torch.randn(2, 8, 5, 5), torch.randn(2, 1, 8)).shape
+    torch.Size([2, 1, 5, 5])
+
+    """
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"RelationModule: dim must be a positive integer, got {dim!r}; 256 is that of every SAM")
+        self.dim = dim
+        self.query_proj = nn.Linear(dim, dim)
+        self.key_proj = nn.Linear(dim, dim)
+        self.layer_norm_feat = nn.LayerNorm(dim)
+        self.layer_norm_mask = nn.LayerNorm(dim)
+
+    def forward(self, image_features: Tensor, mask_tokens: Tensor, image_index: Tensor | None = None) -> Tensor:
+        """Return the relation maps ``[s, n, h, w]``, L2-normalised per sample."""
+        features = SAMFeatures(image_features, mask_tokens, image_index)
+        check_features("RelationModule", "features", features)
+        images = image_of_samples("RelationModule", "features", features)
+        scores = self.scores(image_features, mask_tokens, images)
+        unit = F.normalize(scores.flatten(1), dim=-1).view_as(scores)
+        height = image_features.shape[2]
+        return rearrange(unit, "s n (h w) -> s n h w", h=height)
+
+    def scores(
+        self,
+        image_features: Tensor,
+        mask_tokens: Tensor,
+        images: Sequence[int] | None = None,
+        *,
+        impl: Impl = "auto",
+    ) -> Tensor:
+        """Return the scores before normalisation, ``[s, n, h * w]`` in fp32 (fp64 if anything is fp64).
+
+        Args:
+            image_features: ``[b, d, h, w]``.
+            mask_tokens: ``[s, n, d]``.
+            images: the image of each sample; None when sample i belongs to image i.
+            impl: implementation of the pass over the features.
+
+        Raises:
+            ValueError: the features do not have ``dim`` channels, or are on another device than the module.
+
+        """
+        directions, offsets = self.collapse(mask_tokens, torch.promote_types(image_features.dtype, torch.float32))
+        return self.scores_along(image_features, directions, offsets, images, impl=impl)
+
+    def scores_along(
+        self,
+        image_features: Tensor,
+        directions: Tensor,
+        offsets: Tensor,
+        images: Sequence[int] | None = None,
+        *,
+        impl: Impl = "auto",
+    ) -> Tensor:
+        """Return the scores ``[s, n, h * w]`` of tokens that :meth:`collapse` has made w and c of."""
+        scores = relation_scores(image_features, directions, images, eps=self.layer_norm_feat.eps, impl=impl)
+        return scores + offsets[..., None]
+
+    def collapse(self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return w ``[s, n, d]`` and c ``[s, n]`` of mask tokens ``[s, n, d]``.
+
+        Computed in fp64, which autocast leaves alone in a backward pass as well; returned in ``dtype``, or in fp64 if
+        tokens or parameters are.
+
+        Raises:
+            ValueError: the tokens do not have ``dim`` channels, or are on another device than the module.
+
+        """
+        key_weight = self.key_proj.weight
+        if mask_tokens.shape[-1] != self.dim:
+            raise ValueError(
+                f"RelationModule: features must have dim = {self.dim} channels, got {mask_tokens.shape[-1]}; "
+                f"build the loss with dim={mask_tokens.shape[-1]}"
+            )
+        if mask_tokens.device != key_weight.device:
+            raise ValueError(
+                f"RelationModule: features must be on the module's device {key_weight.device}, got "
+                f"{mask_tokens.device}; move the loss with infosam_loss.to('{mask_tokens.device}')"
+            )
+        dtype = torch.promote_types(dtype, torch.promote_types(mask_tokens.dtype, key_weight.dtype))
+        norm, scale = self.layer_norm_mask, 1 / math.sqrt(self.dim)
+        with torch.autocast(mask_tokens.device.type, enabled=False):
+            tokens = mask_tokens.double()
+            # A token whose channels are all alike has no direction; LayerNorm would send it 1 / sqrt(eps) of gradient.
+            alive = tokens.amax(-1, keepdim=True) != tokens.amin(-1, keepdim=True)
+            tokens = torch.where(alive, tokens, tokens.detach())
+            m = F.layer_norm(tokens, (self.dim,), norm.weight.double(), norm.bias.double(), norm.eps)
+            query = F.linear(m, self.query_proj.weight.double(), self.query_proj.bias.double()) * scale
+            u = query @ key_weight.double() + m
+            offsets = query @ self.key_proj.bias.double() + u @ self.layer_norm_feat.bias.double()
+            return (u * self.layer_norm_feat.weight.double()).to(dtype), offsets.to(dtype)

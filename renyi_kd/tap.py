@@ -1,0 +1,469 @@
+"""Forward hooks that read image features and mask tokens from a model while it runs; the model is not edited."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from renyi_kd.capture import Capture
+from renyi_kd.families import FAMILIES, Decoder, Family, find_decoders
+from renyi_kd.features import SAMFeatures
+
+Place = str | tuple[str, Callable[[Any], Tensor]]
+Call = Callable[[nn.Module, Any], Any]
+
+# Seven clicks on each of eight frames are 64 calls; far more than that is a forgotten loss, and holds its graph.
+_MANY_CALLS = 256
+
+
+def tap(
+    model: nn.Module,
+    *,
+    image_features: Place | None = None,
+    mask_tokens: Place | None = None,
+    call: Call | None = None,
+) -> Tap:
+    """Attach to a model so that the loss can read its image features and mask tokens.
+
+    The mask decoder is found by its structure, through DDP, FSDP, compile, peft and checkpoint wrappers, and read
+    where no token index is needed: the image features are the decoder's ``image_embeddings`` argument, mask token i
+    is the input of hypernetwork MLP i. For any other model name both places.
+
+    Args:
+        model: the module that the training loop calls, wrapped or not. Tap it before its first compiled call.
+        image_features: for a model that is not recognised, the path of the module whose output is the image features
+            ``[b, d, h, w]``, or ``(path, take)`` with a function that takes them from the output.
+        mask_tokens: likewise, for mask tokens ``[s, n, d]``, ``[s, d]`` or ``[b, p, n, d]``; that module must run
+            after the one of ``image_features``.
+        call: ``call(model, batch)`` runs the model where the batch is not what its forward takes.
+
+    Returns:
+        The :class:`Tap`, which stays attached until it is closed or collected.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a place is not a path.
+        ValueError: no mask decoder is found, a path names no module, or only one of the two places is given.
+
+    """
+    return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
+
+
+class Tap:
+    """A model with hooks that collect its image features and mask tokens; made by :func:`tap`.
+
+    Calling the tap runs the model; so does a loop of your own that calls the model or its parts: the hooks see both.
+    Every decoder call since the loss was last computed is collected, with (image, prompt) pairs as samples, and taken
+    once. What runs without gradient, such as a validation, is not collected. Neither are the repeated calls of
+    activation checkpointing, nor what a backward pass has already used when the next step begins.
+
+    The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
+    tapped. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
+    holds it. Leaving ``with tap(model) as tapped:`` closes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_features: Place | None = None,
+        mask_tokens: Place | None = None,
+        call: Call | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"tap: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+        self.model = model
+        self._places = (image_features, mask_tokens)
+        self._call = call
+        self._capture = Capture()
+        self._batches: list[Any] = []
+        self._observing = False
+        self._ran_without_gradient = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
+        # A step that fails in a later image leaves whole calls of the earlier ones. always_call: also after errors.
+        end = _Hook(self, lambda tap, _args, _kwargs, output: tap._end_forward(output))
+        self._handles.append(model.register_forward_hook(end, with_kwargs=True, always_call=True))
+        if image_features is None and mask_tokens is None:
+            self._attach_to_decoders(_found_decoders(model))
+        elif image_features is None or mask_tokens is None:
+            raise ValueError(
+                "tap: image_features and mask_tokens must be given together, got only one; "
+                "name both places, or none to have them found"
+            )
+        else:
+            self._attach_to_places(image_features, mask_tokens)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model and return what it returns.
+
+        With a single positional argument, that is the batch: a mapping (only the names that the forward takes are
+        passed), a tensor, a tuple or list of positional arguments, a list of dicts (Meta's format), or whatever
+        ``call`` takes. Anything else is passed on as it is.
+        """
+        if kwargs or len(args) != 1:
+            return self.model(*args, **kwargs)
+        return self._run(args[0])
+
+    def take(self, batch: Any = None) -> SAMFeatures:
+        """Return what was collected since the last time, and forget it; run the model on ``batch`` if there is none.
+
+        Args:
+            batch: the batch of this step. May be None if the model has run; if it was run through the tap, it must
+                be the batch that it was run on.
+
+        Returns:
+            :class:`SAMFeatures` with all mask tokens, as the model computed them, attached to its graph.
+
+        Raises:
+            RuntimeError: nothing was collected and there is no batch, the model ran without gradient, or what was
+                collected is stale: of another batch, or already differentiated.
+
+        """
+        self._check_open()
+        if self._capture.differentiated:
+            self.clear()
+            raise RuntimeError(
+                "tap: the loss must be computed before backward, got a capture that backward has already run through; "
+                "add the loss to the task loss and call backward once (the stale capture is dropped)"
+            )
+        if len(self._capture) == 0:
+            if batch is None:
+                raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
+            if torch.is_grad_enabled():
+                self._run(batch)
+            else:
+                return self.observe(batch)
+        elif batch is not None and self._batches and not any(_same_batch(batch, known) for known in self._batches):
+            self.clear()
+            raise RuntimeError(
+                "tap: the batch must be the one that the model ran on, got another (the capture, now dropped, was "
+                "stale); pass the same object to the model and to the loss"
+            )
+        return self._collect()
+
+    def observe(self, *batches: Any) -> SAMFeatures:
+        """Run the model on each batch without gradient, in eval mode, and return its features: the teacher's part.
+
+        What was collected before is dropped, and every module is left in the mode it was in.
+
+        Raises:
+            RuntimeError: the model ran without calling a mask decoder.
+
+        """
+        self._check_open()
+        self.clear()
+        self._observing = True
+        try:
+            with torch.no_grad(), _evaluating(self.model):
+                for batch in batches:
+                    self._run(batch)
+        finally:
+            self._observing = False
+        return self._collect()
+
+    @property
+    def batches(self) -> tuple[Any, ...]:
+        """The batches that the pending capture came from, as far as the model was run through the tap."""
+        return tuple(self._batches)
+
+    def clear(self) -> None:
+        """Drop what was collected, as after a step whose loss is skipped."""
+        self._capture = Capture()
+        self._batches = []
+        self._ran_without_gradient = False
+
+    def close(self) -> None:
+        """Remove the hooks and drop what was collected; the tap cannot be used again."""
+        _remove(self._handles)
+        self.clear()
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        image_features, mask_tokens = self._places
+        return _tap_again, (self.model, image_features, mask_tokens, self._call)
+
+    def _attach_to_decoders(self, decoders: list[Decoder]) -> None:
+        for _, decoder, family in decoders:
+
+            def begin(tap: Tap, args: Any, kwargs: Any, family: Family = family) -> None:
+                # Where the argument is missing the model's own error follows.
+                if family.image_argument in kwargs:
+                    tap._add_image(kwargs[family.image_argument])
+                elif len(args) > family.image_position:
+                    tap._add_image(args[family.image_position])
+
+            self._hook_before(decoder, begin)
+            for number, module in enumerate(getattr(decoder, family.token_modules)):
+
+                def add(tap: Tap, args: Any, _kwargs: Any, number: int = number) -> None:
+                    tap._capture.add_tokens(number, args[0])
+                    tap._capture.watch(args[0])
+
+                self._hook_before(module, add)
+            self._hook_after(decoder, lambda tap, _args, _kwargs, _output: tap._end_call())
+
+    def _attach_to_places(self, image_features: Place, mask_tokens: Place) -> None:
+        def add_image(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
+            tap._add_image(_taken("image_features", image_features, output))
+
+        def add_tokens(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
+            tokens = _taken("mask_tokens", mask_tokens, output)
+            tokens = tokens[:, None] if tokens.ndim == 2 else tokens.flatten(0, -3)
+            for number, token in enumerate(tokens.unbind(1)):
+                tap._capture.add_tokens(number, token)
+            # What the function took is a tensor of its own; backward runs through the module's.
+            tap._capture.watch(output)
+            tap._end_call()
+
+        for module in _modules_at(self.model, "image_features", image_features):
+            self._hook_after(module, add_image)
+        for module in _modules_at(self.model, "mask_tokens", mask_tokens):
+            self._hook_after(module, add_tokens)
+
+    def _hook_before(self, module: nn.Module, react: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(_Hook(self, react), with_kwargs=True))
+
+    def _hook_after(self, module: nn.Module, react: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_hook(_Hook(self, react), with_kwargs=True))
+
+    def _add_image(self, image_features: Tensor) -> None:
+        if self._capture.differentiated:
+            self.clear()
+        self._capture.add_image(image_features)
+
+    def _end_call(self) -> None:
+        self._capture.end_call()
+        if len(self._capture) == _MANY_CALLS:
+            warnings.warn(
+                f"tap: {_MANY_CALLS} decoder calls are waiting for a loss, and keep their graph in memory; run what "
+                "needs no loss under torch.no_grad(), or call clear() on the tap when a step's loss is skipped",
+                stacklevel=2,
+            )
+
+    def _end_forward(self, output: Any) -> None:
+        if output is None and sys.exc_info()[1] is not None:
+            self.clear()
+
+    def _run(self, batch: Any) -> Any:
+        before = len(self._capture)
+        try:
+            output = self._call(self.model, batch) if self._call else _run_model(self.model, batch)
+        except BaseException:
+            self.clear()
+            raise
+        if len(self._capture) > before:
+            if before == 0:
+                self._batches = []
+            self._batches.append(batch)
+        return output
+
+    def _collect(self) -> SAMFeatures:
+        if len(self._capture) == 0:
+            raise RuntimeError(self._explain_nothing("the model ran, and got nothing collected"))
+        try:
+            image_features, mask_tokens, image_index = self._capture.features()
+        finally:
+            self.clear()
+        if image_features.is_inference() and not torch.is_inference_mode_enabled():
+            # Autograd cannot save an inference tensor for backward.
+            image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
+        return SAMFeatures(image_features, mask_tokens, image_index)
+
+    def _explain_nothing(self, fact: str) -> str:
+        if self._ran_without_gradient:
+            return (
+                f"tap: the model must run with gradient to be a student, {fact}: its mask decoder ran without "
+                "gradient, as in a forward or predictor decorated with torch.no_grad (Meta's Sam.forward), under "
+                "torch.no_grad itself, or under reentrant checkpointing; call the model's parts in a loop of your own "
+                "(tap(model, call=...)) and checkpoint with use_reentrant=False"
+            )
+        hint = ""
+        if any(_is_compiled(module) for module in self.model.modules()):
+            hint = "; tap a compiled model before its first call, hooks that are set later never run"
+        return f"tap: the model must call its mask decoder before the loss, {fact}; pass a batch or run the model{hint}"
+
+    def _check_open(self) -> None:
+        if not self._handles:
+            raise RuntimeError("tap: the tap must be open, got one that was closed; tap the model again")
+
+    def _listens(self) -> bool:
+        # A forward inside a backward pass is checkpointing's second run of what was already collected.
+        if torch._C._current_graph_task_id() != -1:
+            return False
+        if self._observing or torch.is_grad_enabled():
+            return True
+        self._ran_without_gradient = True
+        return False
+
+
+class _Hook:
+    """Reacts to a module's call on behalf of a tap, as long as that lives.
+
+    In a pickle or a copy of the model stands a bound method of the standard library that does nothing: the copy
+    neither writes into the original's capture nor needs this package to be loaded.
+    """
+
+    def __init__(self, tap: Tap, react: Callable[..., None]) -> None:
+        self._tap = weakref.ref(tap)
+        self._react = react
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        tap = self._tap()
+        if tap is not None and tap._listens():
+            self._react(tap, args, kwargs, *output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _tap_again(model: nn.Module, image_features: Place | None, mask_tokens: Place | None, call: Call | None) -> Tap:
+    return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
+
+
+def _found_decoders(model: nn.Module) -> list[Decoder]:
+    decoders = find_decoders(model)
+    if not decoders:
+        sought = "; ".join(f"a {family.name}: a module with {', '.join(sorted(family.marks))}" for family in FAMILIES)
+        children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
+        raise ValueError(
+            f"tap: model must hold a mask decoder that is known, got {type(model).__name__} with the parts "
+            f"{', '.join(children) or 'none'}; looked for {sought}. Name the places of any other model: "
+            "tap(model, image_features='path.of.module', mask_tokens='path.of.module')"
+        )
+    return decoders
+
+
+# What wrappers put into the names of modules; peft keeps a trained copy and the original of a module.
+_WRAPPERS = re.compile(
+    r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|modules_to_save\.\w+"
+    r"|original_module)(?=\.)"
+)
+
+
+def _modules_at(model: nn.Module, argument: str, place: Place) -> list[nn.Module]:
+    """Return the modules of a path, whether or not the path or the model has the names of wrappers in it."""
+    path = place if isinstance(place, str) else place[0]
+    if not isinstance(path, str):
+        raise TypeError(
+            f"tap: {argument} must be a path or a pair of a path and a function, got {place!r}; "
+            "a path is a name of model.named_modules()"
+        )
+    modules = [module for name, module in model.named_modules() if _plain(name) == _plain(path)]
+    if not modules:
+        last = path.rpartition(".")[2]
+        near = [name for name, _ in model.named_modules() if last and last in name][:8]
+        raise ValueError(
+            f"tap: {argument} must name a module of the model, got {path!r}; "
+            f"{'near it are ' + ', '.join(near) if near else 'its names are those of model.named_modules()'}"
+        )
+    return modules
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", f".{name}.").strip(".")
+
+
+def _taken(argument: str, place: Place, output: Any) -> Tensor:
+    path, take = (place, None) if isinstance(place, str) else place
+    value = output if take is None else take(output)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"tap: {argument} must be a tensor, got {type(value).__name__} from {path!r}; "
+            f"pick it: tap(model, {argument}=({path!r}, lambda output: ...))"
+        )
+    if argument == "mask_tokens" and value.ndim < 2:
+        raise ValueError(
+            f"tap: mask_tokens must have shape [s, n, d], [s, d] or [b, p, n, d], got {tuple(value.shape)} from "
+            f"{path!r}; reshape it in the function of the place"
+        )
+    return value
+
+
+def _run_model(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        names = _parameters(model)
+        known = {name: value for name, value in batch.items() if name in names}
+        if not known:
+            raise ValueError(
+                f"tap: batch must hold arguments of the model's forward, got the names {sorted(map(str, batch))} where "
+                f"it takes {sorted(names)}; rename them, or pass tap(model, call=lambda model, batch: ...)"
+            )
+        return model(**known)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, tuple | list) and batch:
+        if all(isinstance(item, Mapping) for item in batch):
+            multimask = _parameters(model).get("multimask_output")
+            required = multimask is not None and multimask.default is inspect.Parameter.empty
+            return model(list(batch), multimask_output=False) if required else model(list(batch))
+        return model(*batch)
+    raise TypeError(
+        f"tap: batch must be a mapping, a tensor, a tuple, or a list of dicts, got {type(batch).__name__}; "
+        "for anything else pass tap(model, call=lambda model, batch: ...)"
+    )
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of the forward, of the wrapped model where a wrapper only passes all through."""
+    for module in model.modules():
+        named = {
+            name: parameter
+            for name, parameter in inspect.signature(module.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        if named:
+            return named
+    return {}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch the model to eval mode and every module back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        model.eval()
+    try:
+        yield
+    finally:
+        # train() reaches the children too, and parents come first in modules().
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def _same_batch(a: Any, b: Any) -> bool:
+    """Return whether two batches are one object, or hold the same objects in containers of their own."""
+    if a is b:
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        shared = a.keys() & b.keys()
+        return bool(shared) and all(_same_batch(a[name], b[name]) for name in shared)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same_batch(x, y) for x, y in zip(a, b, strict=True))
+    return False

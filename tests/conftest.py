@@ -1,0 +1,27 @@
+"""What every test needs: reproducible random numbers, one thread, and real SAMs with tiny random weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from torchvision_compat import ensure_importable  # noqa: E402
+
+ensure_importable()
+
+hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("reproducible")
+# The tensors are so small that a second thread only waits, for long when the machine has other work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

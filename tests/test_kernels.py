@@ -1,0 +1,561 @@
+"""The operations' references against plain PyTorch: blocks, layouts, dtypes, images, memory and derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.batch_gram import reference as batch_gram_reference
+from renyi_kd.kernels.relation_scores import reference as relation_scores_reference
+from renyi_kd.kernels.relation_scores import relation_scores
+from tests.support import randn
+from tests.support.tolerance import assert_close_on_scale, assert_within_budget
+
+ELEMENTS = relation_scores_reference._BLOCK_ELEMENTS
+# A pixel of one channel has no direction and one of two is a sign, so sizes begin at three channels.
+SHAPES = [
+    (1, 3, 1, 1),
+    (2, 31, 3, 5),
+    (2, 32, 5, 3),
+    (2, 33, 1, 7),
+    (1, 101, 4, 4),
+    # Eight channels of that many pixels are a block, and so are that many pixels of 64 channels.
+    *[(1, channels, ELEMENTS // 8 // 64, 64) for channels in (7, 8, 9, 17)],
+    *[(1, 64, 1, ELEMENTS // 64 + delta) for delta in (-1, 0, 1)],
+    (2, 64, 3, ELEMENTS // 64),
+]
+SMALL_SHAPES = [(3, 11, 7, 5), (3, 12, 9, 4), (3, 13, 1, 17), (3, 7, 17, 1)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+IMAGES = {"none": None, "sorted": [0, 0, 1, 1, 1, 2], "unsorted": [2, 0, 2, 1, 0], "gaps": [2, 2, 2], "one": [1]}
+
+
+@pytest.fixture(params=["real blocks", "small blocks"])
+def blocks(request, monkeypatch):
+    if request.param == "small blocks":
+        small_blocks(monkeypatch)
+
+
+def small_blocks(monkeypatch) -> None:
+    """Make several blocks of a small map: some channels of all pixels, or all channels of some pixels."""
+    monkeypatch.setattr(relation_scores_reference, "_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(batch_gram_reference, "_BLOCK_ELEMENTS", 48)
+
+
+def storage(*order: int):
+    """Return a function that keeps a map's values and stores its dimensions in ``order``."""
+
+    def lay_out(x: Tensor) -> Tensor:
+        inverse = [order.index(i) for i in range(4)]
+        return x.permute(order).contiguous().permute(inverse)
+
+    return lay_out
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    b, d, h, w = x.shape
+    wide = torch.full((b + 1, 2 * d, h + 2, 3 * w + 2), math.nan, dtype=x.dtype)
+    wide[1:, ::2, 1:-1, 1:-1:3] = x
+    return wide[1:, ::2, 1:-1, 1:-1:3]
+
+
+def channels_last_with_gaps(x: Tensor) -> Tensor:
+    b, d, h, w = x.shape
+    wide = torch.full((b, h, 2 * w, d + 3), math.nan, dtype=x.dtype)
+    wide[:, :, ::2, 1:-2] = x.permute(0, 2, 3, 1)
+    return wide[:, :, ::2, 1:-2].permute(0, 3, 1, 2)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:, :, :1, :1].expand_as(x)
+
+
+LAYOUTS = {
+    "channel-first": storage(0, 1, 2, 3),
+    "channels-last": storage(0, 2, 3, 1),
+    "gaps": with_gaps,
+    "channels-last, gaps": channels_last_with_gaps,
+    "h b w d": storage(2, 0, 3, 1),
+    "w d h b": storage(3, 1, 2, 0),
+    "columns first": storage(0, 1, 3, 2),
+    "expanded": expanded,
+}
+
+
+def textbook_scores(x: Tensor, directions: Tensor, images: list[int] | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer-normalise every pixel without affine part, then multiply."""
+    pixels = rearrange(x if images is None else x[images], "s d h w -> s (h w) d")
+    return directions @ F.layer_norm(pixels.to(directions.dtype), pixels.shape[-1:], eps=eps).mT
+
+
+def textbook_gram(rows: Tensor) -> Tensor:
+    rows = rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32))
+    return rows @ rows.mT
+
+
+def value_and_gradients(function, *tensors: Tensor, **keywords) -> list[Tensor]:
+    """Return the value of ``function`` and its gradients, for an upstream gradient that is random."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    value = function(*leaves, **keywords)
+    upstream = randn(*value.shape, seed=99, dtype=value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+
+def inputs(shape, dtype=torch.float32, n_samples=None, n_tokens=2) -> tuple[Tensor, Tensor]:
+    directions = randn(
+        n_samples or shape[0], n_tokens, shape[1], seed=1, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    # Not standard normal: a forgotten mean or deviation must show.
+    return 1.5 * randn(*shape, dtype=dtype) - 0.7, directions
+
+
+def check_scores(
+    x: Tensor, directions: Tensor, images: list[int] | None = None, slack: float = 2.0, **keywords
+) -> list[Tensor]:
+    """Compare scores and both gradients with the textbook's, and return them."""
+    actual = value_and_gradients(relation_scores, x, directions, image_index=images, **keywords)
+    eager = value_and_gradients(textbook_scores, x, directions, images=images, **keywords)
+    exact = value_and_gradients(textbook_scores, x.double(), directions.double(), images=images, **keywords)
+    check(
+        ("scores", "grad_features", "grad_directions"),
+        actual,
+        eager,
+        exact,
+        (directions.dtype, x.dtype, directions.dtype),
+        slack,
+    )
+    return actual
+
+
+def check_scores_as_if_rounded_once_more(x: Tensor, directions: Tensor) -> None:
+    """Compare with what one more rounding of the features does: more digits than they have, nobody can use."""
+    actual = value_and_gradients(relation_scores, x, directions)
+    exact = value_and_gradients(textbook_scores, x.double(), directions.double())
+    last_bit = torch.finfo(x.dtype).eps * randn(*x.shape, seed=11).sign().double()
+    rounded = value_and_gradients(textbook_scores, x.double() * (1 + last_bit), directions.double())
+    check(
+        ("scores", "grad_features", "grad_directions"),
+        actual,
+        rounded,
+        exact,
+        (directions.dtype, x.dtype, directions.dtype),
+    )
+
+
+def check(names, actual, eager, exact, dtypes, slack: float = 2.0) -> None:
+    for name, a, e, t, dtype in zip(names, actual, eager, exact, dtypes, strict=True):
+        assert a.dtype == dtype, name
+        if dtype == torch.float64:
+            assert_close_on_scale(a, t, name=name, rtol=1e-12)
+        else:
+            assert_within_budget(a, e, t, name=name, slack=slack)
+
+
+# relation_scores: sizes, dtypes, layouts, images.
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_scores_around_the_edges_of_blocks(shape, layout):
+    x, directions = inputs(shape)
+    # A budget of two would ask for the textbook's order of summation over tens of thousands of pixels.
+    check_scores(LAYOUTS[layout](x), directions, slack=4.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_scores_in_every_layout(shape, layout, blocks):
+    x, directions = inputs(shape)
+    x = LAYOUTS[layout](x)
+    check_scores(x, directions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last", "gaps"])
+def test_scores_in_every_dtype(dtype, layout, blocks):
+    x, directions = inputs((3, 37, 6, 5), dtype)
+    check_scores(LAYOUTS[layout](x), directions)
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_scores_of_several_samples_per_image(images, layout, blocks):
+    x, directions = inputs((3, 11, 6, 5), n_samples=None if images is None else len(images))
+    x = LAYOUTS[layout](x)
+    _, grad_features, _ = check_scores(x, directions, images)
+    for image in set(range(3)) - set(images or range(3)):
+        assert torch.equal(grad_features[image], torch.zeros_like(grad_features[image]))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_scores_of_several_tokens(n_tokens, blocks):
+    x, directions = inputs((2, 11, 6, 5), n_tokens=n_tokens)
+    scores, *_ = check_scores(x, directions)
+    assert scores.shape == (2, n_tokens, 30)
+
+
+def test_scores_in_the_order_of_pixels():
+    x, directions = inputs((1, 5, 2, 3))
+    scores = relation_scores(x, directions)
+    for row in range(2):
+        for column in range(3):
+            one = textbook_scores(x[:, :, row : row + 1, column : column + 1], directions)
+            torch.testing.assert_close(scores[..., 3 * row + column], one[..., 0])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_eps_is_added_to_the_variance(eps, blocks):
+    check_scores(*inputs((2, 11, 6, 5)), eps=eps)
+
+
+def test_only_the_part_of_a_direction_beside_its_mean_counts():
+    x, directions = inputs((2, 11, 6, 5), torch.float64)
+    shifted = relation_scores(x, directions + 1000)
+    assert_close_on_scale(shifted, relation_scores(x, directions), name="scores", rtol=1e-11)
+    *_, grad_directions = value_and_gradients(relation_scores, x, directions)
+    assert grad_directions.sum(-1).abs().max() < 1e-12 * grad_directions.abs().max()
+
+
+# relation_scores: hard numbers.
+
+
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+@pytest.mark.parametrize("mean", [1000.0, -1000.0])
+def test_scores_of_features_with_a_large_mean(layout, mean, blocks):
+    x, directions = inputs((2, 67, 6, 5))
+    check_scores_as_if_rounded_once_more(LAYOUTS[layout](randn(*x.shape) + mean), directions)
+
+
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_scores_of_features_with_a_large_mean_in_each_image(layout, blocks):
+    x, directions = inputs((3, 67, 6, 5))
+    x = x + torch.tensor([0.0, 300.0, -900.0])[:, None, None, None] + 100 * randn(3, 1, 6, 5, seed=5)
+    check_scores_as_if_rounded_once_more(LAYOUTS[layout](x), directions)
+
+
+@pytest.mark.parametrize("first", [0.0, 30.0])
+def test_scores_where_the_first_channels_are_unlike_the_others(first, blocks):
+    x, directions = inputs((2, 128, 6, 5))
+    x = torch.cat([x[:, :32] + first, x[:, 32:] - 5], dim=1)
+    check_scores(x, directions)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scores_of_small_and_large_features(scale, blocks):
+    x, directions = inputs((2, 11, 6, 5))
+    check_scores(scale * x, directions)
+
+
+def test_scores_of_large_half_precision_features():
+    x, directions = inputs((2, 64, 6, 5), torch.float16)
+    x = x * 8000
+    assert x.abs().max() > 30000
+    check_scores(x, directions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1.0, -3.3, 12345.6])
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_a_pixel_with_all_channels_alike_has_score_and_gradient_zero(dtype, constant, layout, blocks):
+    x, directions = inputs((2, 37, 6, 5), dtype)
+    x[0, :, 2, 3] = constant
+    x[1, :, :, 4] = constant
+    dead = torch.zeros(2, 6, 5, dtype=torch.bool)
+    dead[0, 2, 3] = dead[1, :, 4] = True
+    x = LAYOUTS[layout](x)
+    scores, grad_features, grad_directions = value_and_gradients(relation_scores, x, directions)
+    maps, gradients = rearrange(scores, "s n (h w) -> s h w n", h=6), grad_features.permute(0, 2, 3, 1)
+    assert torch.equal(maps[dead], torch.zeros_like(maps[dead]))
+    assert torch.equal(gradients[dead], torch.zeros_like(gradients[dead]))
+    expected = value_and_gradients(textbook_scores, x.double(), directions.double())
+    alive = expected[1].permute(0, 2, 3, 1)[~dead]
+    eps = 8 * max(torch.finfo(dtype).eps, 1e-6)
+    assert_close_on_scale(gradients[~dead], alive, name="grad_features", rtol=eps)
+    assert_close_on_scale(scores, expected[0], name="scores", rtol=1e-5)
+    assert_close_on_scale(grad_directions, expected[2], name="grad_directions", rtol=1e-5)
+
+
+def test_a_pixel_whose_channels_are_nearly_alike_is_alive():
+    x, directions = inputs((2, 37, 6, 5))
+    x = 100 * (1 + 1e-4 * randn(*x.shape))
+    expected = value_and_gradients(textbook_scores, x.double(), directions.double())
+    for name, a, e in zip(
+        ("scores", "x", "w"), value_and_gradients(relation_scores, x, directions), expected, strict=True
+    ):
+        assert_close_on_scale(a, e, name=name, rtol=1e-2)
+
+
+def test_a_single_channel_has_no_direction():
+    value, *gradients = value_and_gradients(relation_scores, randn(2, 1, 3, 3), randn(2, 1, 1, seed=1))
+    for tensor in (value, *gradients):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+def test_two_channels_are_a_sign():
+    x, directions = inputs((2, 2, 6, 5), torch.float64)
+    difference = (x[:, 0] - x[:, 1]).sign().flatten(1)[:, None]
+    expected = difference * (directions[..., :1] - directions[..., 1:])
+    assert_close_on_scale(relation_scores(x, directions, eps=0.0), expected, name="scores", rtol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_stay_in_their_pixel_and_are_never_a_number(bad, blocks):
+    x, directions = inputs((2, 11, 6, 5))
+    clean = relation_scores(x, directions)
+    x[1, 7, 2, 3] = bad
+    scores = relation_scores(x, directions)
+    pixel = 2 * 5 + 3
+    assert scores[1, :, pixel].isnan().all()
+    scores[1, :, pixel] = clean[1, :, pixel]
+    torch.testing.assert_close(scores, clean)
+
+
+# batch_gram.
+
+ROWS = [(1, 1), (2, 5), (4, 3, 7), (3, 11, 6, 5), (5, 2, 3, 4, 2)]
+
+
+def check_gram(rows: Tensor) -> Tensor:
+    actual = value_and_gradients(batch_gram, rows)
+    assert actual[0].dtype == torch.float64
+    eager = value_and_gradients(lambda x: textbook_gram(x).double(), rows)
+    exact = value_and_gradients(textbook_gram, rows.double())
+    # What was summed in fp32 is right to fp32.
+    actual[0] = actual[0].to(torch.promote_types(rows.dtype, torch.float32))
+    # Sums of squares have no sign to cancel: a budget of two would ask for the same order of summation.
+    check(("gram", "grad_rows"), actual, eager, exact, (actual[0].dtype, rows.dtype), slack=4.0)
+    return actual[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_gram_in_every_dtype(shape, dtype, blocks):
+    check_gram(0.3 + randn(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("delta", [-1, 0, 1])
+def test_gram_around_the_edges_of_blocks(delta):
+    edge = batch_gram_reference._BLOCK_ELEMENTS // 4
+    check_gram(randn(4, edge + delta))
+    check_gram(randn(4, 2 * edge + delta))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_gram_in_every_layout(shape, layout, blocks):
+    rows = LAYOUTS[layout](randn(*shape))
+    check_gram(rows)
+    expected = batch_gram(randn(*shape) if layout != "expanded" else expanded(randn(*shape)).contiguous())
+    torch.testing.assert_close(batch_gram(rows), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gram_of_large_half_precision_rows():
+    rows = 40000 * randn(3, 100, dtype=torch.float16).sign()
+    assert torch.equal(batch_gram(rows), rows.double() @ rows.double().mT)
+
+
+def test_sums_of_slices_are_kept_in_fp64():
+    """Two thousand slices lose no more than one."""
+    rows = 1 + 0.01 * randn(2, 2000, 20)
+    assert_close_on_scale(
+        batch_gram(rows), rows.flatten(1).double() @ rows.flatten(1).double().mT, name="gram", rtol=1e-8
+    )
+
+
+def test_gram_propagates_nan():
+    rows = randn(3, 7)
+    rows[1, 2] = math.nan
+    assert torch.equal(batch_gram(rows).isnan(), torch.tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]]).bool())
+
+
+# Both: derivatives, layout of gradients, repeatability, autocast.
+
+OPERATIONS = {
+    "relation_scores": (relation_scores, {}),
+    "relation_scores, images": (relation_scores, {"image_index": [2, 0, 2]}),
+    "batch_gram": (batch_gram, {}),
+}
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request):
+    function, keywords = OPERATIONS[request.param]
+
+    def run(x: Tensor, directions: Tensor) -> list[Tensor]:
+        tensors = (x, directions) if function is relation_scores else (x,)
+        return value_and_gradients(function, *tensors, **keywords)
+
+    return run
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last", "h b w d"])
+def test_gradient_of_scores_is_the_derivative(images, layout, monkeypatch):
+    small_blocks(monkeypatch)
+    x, directions = inputs((3, 6, 3, 5), torch.float64, n_samples=None if images is None else len(images))
+    x, directions = LAYOUTS[layout](x).requires_grad_(), directions.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: relation_scores(a, b, images), (x, directions))
+
+
+def test_gradient_of_the_gram_is_the_derivative(blocks):
+    rows = LAYOUTS["h b w d"](randn(3, 4, 3, 5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(batch_gram, (rows,))
+
+
+def test_gradients_are_made_only_where_they_are_needed():
+    x, directions = inputs((3, 6, 3, 5))
+    both = value_and_gradients(relation_scores, x, directions)
+    upstream = randn(*both[0].shape, seed=99)
+    leaf = x.clone().requires_grad_()
+    (of_features,) = torch.autograd.grad(relation_scores(leaf, directions), leaf, upstream)
+    leaf = directions.clone().requires_grad_()
+    (of_directions,) = torch.autograd.grad(relation_scores(x, leaf), leaf, upstream)
+    assert torch.equal(of_features, both[1])
+    assert torch.equal(of_directions, both[2])
+
+
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradient_has_the_layout_of_the_features(operation, layout, dtype, blocks):
+    x, directions = inputs((3, 6, 4, 5), dtype)
+    x = LAYOUTS[layout](x)
+    _, gradient, *_ = operation(x, directions)
+    assert gradient.stride() == x.stride()
+    assert gradient.dtype == dtype
+
+
+def test_layouts_agree(operation, blocks):
+    x, directions = inputs((3, 6, 4, 5))
+    first, *others = (operation(LAYOUTS[layout](x), directions) for layout in LAYOUTS if layout != "expanded")
+    for other in others:
+        for a, b in zip(other, first, strict=True):
+            assert_close_on_scale(a, b, name="layout", rtol=1e-5)
+
+
+def test_repeated_calls_are_bitwise_equal(operation):
+    x, directions = inputs((3, 65, 40, 40))
+    for a, b in zip(operation(x, directions), operation(x, directions), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_element_of_new_memory_is_left_unwritten(operation, dtype, blocks):
+    """In deterministic mode PyTorch fills what ``empty`` returns with NaN."""
+    x, directions = inputs((3, 11, 6, 5), dtype)
+    expected = operation(x, directions)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        actual = operation(x, directions)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_no_bit(operation, low, dtype):
+    x, directions = inputs((3, 40, 6, 5), dtype)
+    expected = operation(x, directions)
+    with torch.autocast("cpu", low):
+        assert (x.float() @ x.float().mT).dtype == low
+        actual = operation(x, directions)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_no_gradient_and_inference_mode():
+    x, directions = inputs((3, 6, 4, 5))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(relation_scores(x, directions), textbook_scores(x, directions))
+            torch.testing.assert_close(batch_gram(x).float(), textbook_gram(x))
+
+
+def test_inputs_are_left_alone(operation, blocks):
+    x, directions = inputs((3, 6, 4, 5))
+    before = x.clone(), directions.clone()
+    operation(x, directions)
+    assert torch.equal(x, before[0])
+    assert torch.equal(directions, before[1])
+
+
+@pytest.mark.parametrize(
+    "function", [relation_scores, lambda x, _: batch_gram(x)], ids=["relation_scores", "batch_gram"]
+)
+def test_second_derivative_is_refused(function):
+    x, directions = inputs((3, 6, 4, 5))
+    x.requires_grad_()
+    value = function(x, directions)
+    with pytest.raises(NotImplementedError, match=r"backward must run without create_graph=True, got a request"):
+        torch.autograd.grad(value.sum(), x, create_graph=True)
+    # A constant upstream gradient needs no graph of its own: the one where a gradient penalty would vanish.
+    with pytest.raises(NotImplementedError, match=r"second derivative; (use gram_matrix|differentiate a textbook)"):
+        torch.autograd.grad(function(x, directions), x, torch.ones_like(value), create_graph=True)
+
+
+# Memory.
+
+
+LAYOUTS_OF_MAPS = ["channel-first", "channels-last", "gaps", "channels-last, gaps", "h b w d", "columns first"]
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Record the bytes of the largest storage that an operation allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+def largest_new_tensors(function, x: Tensor, *others: Tensor) -> tuple[int, int]:
+    """Return the bytes of the largest new tensor in the forward and in the backward pass."""
+    x = x.detach().requires_grad_()
+    with LargestNewTensor() as forward:
+        value = function(x, *others)
+    upstream = torch.ones_like(value)
+    with LargestNewTensor() as backward:
+        torch.autograd.grad(value, x, upstream)
+    return forward.bytes, backward.bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_MAPS)
+def test_scores_make_nothing_of_the_size_of_the_map(dtype, layout):
+    x, directions = inputs((2, 96, 48, 64), dtype, n_tokens=1)
+    x = LAYOUTS[layout](x)
+    size, block = x.numel() * x.element_size(), 4 * ELEMENTS
+    assert 4 * x.numel() > 2 * block, "too small to show anything"
+    forward, backward = largest_new_tensors(relation_scores, x, directions)
+    assert forward <= block
+    assert backward <= max(size, block)
+    textbook, _ = largest_new_tensors(textbook_scores, x, directions)
+    assert textbook >= 4 * x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_MAPS)
+def test_gram_makes_nothing_of_the_size_of_the_rows(dtype, layout):
+    block = batch_gram_reference._BLOCK_ELEMENTS
+    x = LAYOUTS[layout](randn(4, 32, 64, 1 + 2 * block // (4 * 32 * 64), dtype=dtype))
+    assert x.numel() > 2 * block
+    forward, backward = largest_new_tensors(batch_gram, x)
+    assert forward <= 4 * block
+    assert backward <= max(x.numel() * x.element_size(), 4 * block)
