@@ -1,0 +1,657 @@
+"""Taps on real SAMs with tiny random weights: what is read, when it counts, and that the model is left alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from renyi_kd import InfoSAMLoss, SAMFeatures, tap
+from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def spy_on_transformer(decoder: nn.Module) -> list[torch.Tensor]:
+    """Return a list that fills with the transformer's token outputs, the definition of a mask token."""
+    seen: list[torch.Tensor] = []
+    decoder.transformer.register_forward_hook(lambda _module, _args, output: seen.append(output[0]))
+    return seen
+
+
+def gradients(loss: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    values = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    return {name: value for (name, _), value in zip(named, values, strict=True) if value is not None}
+
+
+# what is read
+
+
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_hf_features_equal_what_the_model_computed(n_prompts):
+    model, batch = hf_sam(), hf_batch(2, n_prompts)
+    tokens, images = spy_on_transformer(model.mask_decoder), []
+    model.vision_encoder.register_forward_hook(lambda _module, _args, output: images.append(output.last_hidden_state))
+    student = tap(model)
+    student(batch)
+    features = student.take(batch)
+    assert torch.equal(features.image_features, images[0])
+    assert features.image_features.shape == (2, DIM, GRID, GRID)
+    assert torch.equal(features.mask_tokens, tokens[0][:, :, 1:5].flatten(0, 1))
+    expected = None if n_prompts == 1 else [0, 0, 0, 1, 1, 1]
+    assert (None if features.image_index is None else features.image_index.tolist()) == expected
+
+
+def test_meta_decoder_calls_per_image_accumulate():
+    model, batch = meta_sam(), meta_batch(3, 2)
+    tokens, images = spy_on_transformer(model.mask_decoder), []
+    model.image_encoder.register_forward_hook(lambda _module, _args, output: images.append(output))
+    student = tap(model, call=meta_forward)
+    student(batch)
+    features = student.take(batch)
+    assert len(tokens) == 3
+    assert torch.equal(features.image_features, images[0])
+    assert torch.equal(features.mask_tokens, torch.cat(tokens)[:, 1:5])
+    assert features.image_index.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_clicks_on_one_image_share_its_features():
+    model = meta_sam()
+    student = tap(model)
+    feature = model.image_encoder(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    for n_points in (1, 2, 3):
+        points = torch.rand(1, n_points, 2) * IMAGE_SIZE, torch.ones(1, n_points)
+        sparse, dense = model.prompt_encoder(points=points, boxes=None, masks=None)
+        model.mask_decoder(feature, model.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False)
+    features = student.take()
+    assert features.image_features.data_ptr() == feature.data_ptr()
+    assert features.mask_tokens.shape == (3, 4, DIM)
+    assert features.image_index.tolist() == [0, 0, 0]
+
+
+def test_precomputed_embeddings_need_no_encoder():
+    model, batch = hf_sam(), hf_batch()
+    embeddings = model.get_image_embeddings(batch["pixel_values"]).detach()
+    calls = []
+    model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+    student, teacher = tap(model), tap(hf_sam(1))
+    batch = {"image_embeddings": embeddings, "input_boxes": batch["input_boxes"]}
+    student(batch)
+    loss = InfoSAMLoss(DIM)(teacher, student, batch)
+    assert calls == []
+    reached = gradients(loss, model)
+    assert any("mask_decoder" in name and value.abs().max() > 0 for name, value in reached.items())
+
+
+@pytest.mark.parametrize(("make", "batch"), [(hf_sam, hf_batch), (meta_sam, meta_batch)], ids=["hf", "meta"])
+def test_gradients_reach_encoder_decoder_and_module_as_by_hand(make, batch):
+    call = meta_forward if make is meta_sam else None
+    teacher, student, batch = make(0), make(1), batch(3, 2)
+    loss_module = InfoSAMLoss(DIM)
+    tapped_teacher, tapped_student = tap(teacher, call=call), tap(student, call=call)
+    tapped_student(batch)
+    loss = loss_module(tapped_teacher, tapped_student, batch)
+    got = {**gradients(loss, student), **gradients(loss_module(tapped_teacher, tapped_student, batch), loss_module)}
+    tapped_teacher.close(), tapped_student.close()
+
+    def by_hand(model: nn.Module) -> SAMFeatures:
+        tokens, images = spy_on_transformer(model.mask_decoder), []
+        encoder = model.vision_encoder if make is hf_sam else model.image_encoder
+        take = (lambda output: output.last_hidden_state) if make is hf_sam else (lambda output: output)
+        encoder.register_forward_hook(lambda _module, _args, output: images.append(take(output)))
+        meta_forward(model, batch) if call else model(batch["pixel_values"], input_boxes=batch["input_boxes"])
+        mask_tokens = torch.cat([value.reshape(-1, *value.shape[-2:]) for value in tokens])[:, 1:5]
+        return SAMFeatures(images[0], mask_tokens, torch.arange(3).repeat_interleave(2))
+
+    with torch.no_grad():
+        teacher.eval()
+        expected_teacher = by_hand(teacher)
+    expected = loss_module(expected_teacher, by_hand(student))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    wanted = {**gradients(expected, student), **gradients(loss_module(expected_teacher, by_hand(student)), loss_module)}
+    scale = max(value.abs().max() for value in wanted.values())
+    for name in ("relation.key_proj.weight", *[n for n in wanted if "attn.qkv" in n or "hypernetworks" in n]):
+        torch.testing.assert_close(got.get(name), wanted.get(name), rtol=1e-3, atol=float(1e-5 * scale))
+    assert any("attn.qkv" in name for name in got)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_explicit_places_give_the_same_features_as_the_family():
+    model, batch = hf_sam(), hf_batch(2, 3)
+    found = tap(model)
+    found(batch)
+    expected = found.take(batch)
+    found.close()
+    named = tap(
+        model,
+        image_features=("vision_encoder", lambda output: output.last_hidden_state),
+        mask_tokens=("mask_decoder.transformer", lambda output: output[0][:, :, 1:5]),
+    )
+    named(batch)
+    features = named.take(batch)
+    assert torch.equal(features.image_features, expected.image_features)
+    assert torch.equal(features.mask_tokens, expected.mask_tokens)
+    assert torch.equal(features.image_index, expected.image_index)
+
+
+class TwoTowers(nn.Module):
+    """A model that is no SAM: an image tower with tokens, a text tower with one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, DIM, 8, 8)
+        self.text = nn.Linear(5, DIM)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.image(image).mean((2, 3)) * self.text(text)
+
+
+def test_explicit_places_on_a_model_that_is_no_sam():
+    teacher, student = (tap(TwoTowers(), image_features="image", mask_tokens="text") for _ in range(2))
+    batch = (torch.randn(4, 3, 32, 32), torch.randn(4, 5))
+    student(batch)
+    loss = InfoSAMLoss(DIM)(teacher, student, batch)
+    assert gradients(loss, student.model).keys() == {"image.weight", "image.bias", "text.weight", "text.bias"}
+
+
+# wrappers
+
+
+def test_peft_lora_with_a_saved_copy_of_the_decoder():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
+    model, batch = get_peft_model(hf_sam(), config), hf_batch()
+    student, teacher = tap(model), tap(hf_sam())
+    student(batch)
+    loss = InfoSAMLoss(DIM)(teacher, student, batch)
+    reached = gradients(loss, model)
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in reached.items())
+    assert any("modules_to_save" in name and value.abs().max() > 0 for name, value in reached.items())
+    assert not any("original_module" in name for name in reached)
+
+
+def test_explicit_paths_are_found_behind_wrappers():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
+    model = get_peft_model(hf_sam(), config)
+    student = tap(
+        model,
+        image_features=("vision_encoder", lambda output: output.last_hidden_state),
+        mask_tokens=("mask_decoder.transformer", lambda output: output[0][:, :, 1:2]),
+    )
+    student(hf_batch())
+    assert student.take().mask_tokens.shape == (2, 1, DIM)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp():
+    model = nn.parallel.DistributedDataParallel(hf_sam(), find_unused_parameters=True)
+    plain, batch, loss = hf_sam(), hf_batch(), InfoSAMLoss(DIM)
+    values = []
+    for module in (model, plain):
+        student, teacher = tap(module), tap(hf_sam(1))
+        output = student(batch)
+        value = loss(teacher, student, batch)
+        (value + output.pred_masks.square().mean()).backward()
+        values.append((value.item(), module.get_parameter("module.vision_encoder.layers.0.attn.qkv.weight").grad
+                       if module is model else module.vision_encoder.layers[0].attn.qkv.weight.grad))  # fmt: skip
+    assert values[0][0] == values[1][0]
+    torch.testing.assert_close(values[0][1], values[1][1])
+
+
+# torch.compile looks at .grad of every tensor it meets.
+compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@compiles
+def test_compiled_after_tapping():
+    model, batch, loss = hf_sam(), hf_batch(), InfoSAMLoss(DIM)
+    teacher = tap(hf_sam(1))
+    student = tap(model)
+    student(batch)
+    expected = loss(teacher, student, batch)
+    student.close()
+    compiled = torch.compile(model, backend="eager")
+    student = tap(compiled)
+    for _ in range(2):
+        student(batch)
+        torch.testing.assert_close(loss(teacher, student, batch), expected)
+
+
+@compiles
+def test_a_tap_after_the_first_compiled_call_says_why_it_finds_nothing():
+    compiled, batch = torch.compile(hf_sam(), backend="eager"), hf_batch()
+    compiled(pixel_values=batch["pixel_values"], input_boxes=batch["input_boxes"])
+    student = tap(compiled)
+    student(batch)
+    with pytest.raises(RuntimeError, match="tap a compiled model before its first call"):
+        student.take()
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients_and_counts_no_call_twice():
+    model, batch, loss = meta_sam(), meta_batch(2, 2), InfoSAMLoss(DIM)
+    teacher = tap(meta_sam(1))
+
+    def checkpointed(model: nn.Module, batch: list) -> list[torch.Tensor]:
+        return torch.utils.checkpoint.checkpoint(meta_forward, model, batch, use_reentrant=False)
+
+    values = []
+    for call in (meta_forward, checkpointed):
+        with tap(model, call=call) as student:
+            masks = student(batch)
+            value = loss(teacher, student, batch)
+            (value + sum(mask.square().mean() for mask in masks)).backward()
+            assert student.batches == ()
+            with pytest.raises(RuntimeError, match="got no batch and nothing collected"):
+                student.take()
+        values.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    for name, value in values[0].items():
+        torch.testing.assert_close(values[1][name], value, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused():
+    batch = meta_batch(2, 2)
+    image = batch[0]["image"].requires_grad_()
+
+    def checkpointed(model: nn.Module, batch: list) -> list[torch.Tensor]:
+        return torch.utils.checkpoint.checkpoint(lambda _: meta_forward(model, batch), image, use_reentrant=True)
+
+    student = tap(meta_sam(), call=checkpointed)
+    student(batch)
+    with pytest.raises(RuntimeError, match="reentrant checkpointing.*use_reentrant=False"):
+        student.take()
+
+
+# when it counts
+
+
+def test_student_is_run_when_it_has_not_run():
+    teacher, student, batch, loss = tap(hf_sam()), tap(hf_sam(1)), hf_batch(), InfoSAMLoss(DIM)
+    run_here = loss(teacher, student, batch)
+    student(batch)
+    assert torch.equal(loss(teacher, student, batch), run_here)
+
+
+def test_users_own_call_of_the_model_is_seen():
+    model, batch = hf_sam(1), hf_batch()
+    teacher, student, loss = tap(hf_sam()), tap(model), InfoSAMLoss(DIM)
+    expected = loss(teacher, student, batch)
+    model(batch["pixel_values"], input_boxes=batch["input_boxes"])
+    assert torch.equal(loss(teacher, student, batch), expected)
+
+
+def test_several_batches_of_one_make_a_loss_without_naming_them():
+    teacher, student, loss = tap(hf_sam()), tap(hf_sam(1)), InfoSAMLoss(DIM)
+    whole = hf_batch(2)
+    singles = [{name: value[i : i + 1] for name, value in whole.items()} for i in range(2)]
+    with pytest.raises(ValueError, match="at least two samples"):
+        loss(teacher, student, singles[0])
+    for single in singles:
+        student(single)
+    torch.testing.assert_close(loss(teacher, student), loss(teacher, student, whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_capture_is_taken_once():
+    student, batch = tap(hf_sam()), hf_batch()
+    student(batch)
+    student.take(batch)
+    with pytest.raises(RuntimeError, match="must call its mask decoder before the loss"):
+        student.take()
+
+
+def test_the_batch_must_be_the_one_that_the_model_ran_on():
+    teacher, student, loss = tap(hf_sam()), tap(hf_sam(1)), InfoSAMLoss(DIM)
+    student(hf_batch(seed=1))
+    with pytest.raises(RuntimeError, match="batch must be the one that the model ran on.*stale"):
+        loss(teacher, student, hf_batch(seed=2))
+    batch = hf_batch()
+    student(batch)
+    assert loss(teacher, student, dict(batch)).isfinite()
+
+
+def test_a_capture_after_backward_is_stale():
+    student, batch = tap(hf_sam()), hf_batch()
+    student(batch).pred_masks.sum().backward()
+    with pytest.raises(RuntimeError, match="must be computed before backward"):
+        student.take(batch)
+    assert student.take(batch).mask_tokens.shape == (2, 4, DIM)
+
+
+def test_steps_without_the_loss_leave_nothing_behind():
+    teacher, student, batch, loss = tap(hf_sam()), tap(hf_sam(1)), hf_batch(), InfoSAMLoss(DIM)
+    for _ in range(3):
+        student(batch).pred_masks.sum().backward()
+    student(batch)
+    assert loss(teacher, student, batch).isfinite()
+
+
+def test_a_skipped_step_is_named_when_samples_do_not_match():
+    teacher, student, loss = tap(hf_sam()), tap(hf_sam(1)), InfoSAMLoss(DIM)
+    for seed in (1, 2):
+        batch = hf_batch(seed=seed)
+        student(batch)
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 16, 4, 4\) and \(4, 16, 4, 4\).*clear\(\)"):
+        loss(teacher, student, batch)
+    student(hf_batch())
+    student.clear()
+    assert loss(teacher, student, batch).isfinite()
+
+
+def test_validation_without_gradient_is_not_collected():
+    student, batch = tap(hf_sam()), hf_batch()
+    with torch.no_grad():
+        for seed in range(3):
+            student(hf_batch(seed=seed))
+    student(batch)
+    assert student.take(batch).mask_tokens.shape == (2, 4, DIM)
+
+
+def test_the_loss_can_be_computed_in_a_validation():
+    teacher, student, batch, loss = tap(hf_sam()), tap(hf_sam(1).eval()), hf_batch(), InfoSAMLoss(DIM)
+    expected = loss(teacher, student, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(teacher, student, batch), expected)
+
+
+def test_many_forgotten_calls_are_warned_of(monkeypatch):
+    monkeypatch.setattr(sys.modules["renyi_kd.tap"], "_MANY_CALLS", 3)
+    student = tap(hf_sam())
+    for _ in range(2):
+        student(hf_batch())
+    with pytest.warns(UserWarning, match="3 decoder calls are waiting for a loss"):
+        student(hf_batch())
+    student(hf_batch())
+
+
+def test_metas_own_forward_is_refused_as_student_and_fine_as_teacher():
+    batch = meta_batch()
+    student = tap(meta_sam())
+    student(batch)
+    with pytest.raises(RuntimeError, match=r"ran without gradient.*Meta's Sam\.forward"):
+        student.take(batch)
+    assert tap(meta_sam()).observe(batch).mask_tokens.shape == (2, 4, DIM)
+
+
+def test_features_of_a_teacher_under_inference_mode_can_be_trained_against():
+    def inferring(model: nn.Module, batch: dict) -> object:
+        with torch.inference_mode():
+            return model(batch["pixel_values"], input_boxes=batch["input_boxes"])
+
+    teacher, student, batch = tap(hf_sam(), call=inferring), tap(hf_sam(1)), hf_batch()
+    InfoSAMLoss(DIM)(teacher, student, batch).backward()
+
+
+def test_the_teacher_runs_in_eval_mode_without_gradient_and_gets_its_modes_back():
+    model = hf_sam()
+    model.vision_encoder.eval()
+    model.vision_encoder.layers[0].train()
+    before = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    model.mask_decoder.register_forward_hook(
+        lambda module, *_: seen.append((torch.is_grad_enabled(), any(m.training for m in model.modules())))
+    )
+    features = tap(model).observe(hf_batch())
+    assert seen == [(False, False)]
+    assert not features.mask_tokens.requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_an_exception_leaves_no_half_capture(own_loop):
+    model, batch = meta_sam(), meta_batch(3, 1)
+
+    class Sam(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sam = model
+
+        def forward(self, batch: list) -> list[torch.Tensor]:
+            return meta_forward(self.sam, batch)
+
+    wrapped = Sam()
+    student = tap(wrapped)
+    failing = [*batch[:2], {**batch[2], "boxes": torch.full((1, 4), float("nan")).reshape(2, 2)}]
+    with pytest.raises(RuntimeError, match="shape|size"):
+        (wrapped if own_loop else student)(failing)
+    (wrapped if own_loop else student)(batch)
+    assert student.take().mask_tokens.shape == (3, 4, DIM)
+
+
+def test_gradient_accumulation_takes_each_micro_batch_apart():
+    model, loss = hf_sam(1), InfoSAMLoss(DIM)
+    teacher, student = tap(hf_sam()), tap(model)
+    batches = [hf_batch(seed=seed) for seed in range(2)]
+    for batch in batches:
+        (student(batch).pred_masks.mean() + loss(teacher, student, batch)).backward()
+    accumulated = model.mask_decoder.iou_token.weight.grad.clone()
+    model.zero_grad()
+    sum(student(batch).pred_masks.mean() + loss(teacher, student, batch) for batch in batches).backward()
+    torch.testing.assert_close(model.mask_decoder.iou_token.weight.grad, accumulated, rtol=1e-4, atol=1e-6)
+
+
+# the model is left alone
+
+
+def test_state_dict_and_outputs_are_as_before():
+    model, batch = hf_sam().eval(), hf_batch()
+    keys, output = list(model.state_dict()), model(batch["pixel_values"], input_boxes=batch["input_boxes"])
+    student = tap(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(student(batch).pred_masks, output.pred_masks)
+
+
+def test_close_with_and_collection_remove_every_hook():
+    model = hf_sam()
+    student = tap(model)
+    assert hooks_of(model) > 0
+    student.close()
+    assert hooks_of(model) == 0
+    with pytest.raises(RuntimeError, match="must be open, got one that was closed"):
+        student.take(hf_batch())
+    with pytest.raises(ZeroDivisionError), tap(model):
+        raise ZeroDivisionError
+    assert hooks_of(model) == 0
+    tap(model)
+    gc.collect()
+    assert hooks_of(model) == 0
+
+
+def test_a_deep_copy_of_a_tapped_model_is_a_model_of_its_own():
+    model, batch = hf_sam(), hf_batch()
+    student = tap(model)
+    twin = copy.deepcopy(model)
+    twin(batch["pixel_values"], input_boxes=batch["input_boxes"])
+    with pytest.raises(RuntimeError, match="nothing collected"):
+        student.take()
+    tapped_twin = tap(twin)
+    tapped_twin(batch)
+    assert tapped_twin.take(batch).mask_tokens.shape == (2, 4, DIM)
+
+
+def test_a_tapped_model_pickles_and_loads_where_the_package_is_not(tmp_path):
+    model, batch = TwoTowers(), (torch.randn(2, 3, 32, 32), torch.randn(2, 5))
+    student = tap(model, image_features="image", mask_tokens="text")
+    layer = model.text
+    assert len(layer._forward_hooks) == 1
+    path = tmp_path / "layer.pt"
+    torch.save(layer, path)
+    script = (
+        "import sys, torch; sys.modules['renyi_kd'] = None\n"
+        f"layer = torch.load({str(path)!r}, weights_only=False); print(layer(torch.zeros(2, 5)).shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "torch.Size([2, 16])", result.stderr
+    assert pickle.loads(pickle.dumps(model))(*batch).shape == (2, DIM)
+    assert student(batch).shape == (2, DIM)
+
+
+def test_a_copy_of_a_tap_taps_the_copy_of_its_model():
+    student, batch = tap(hf_sam()), hf_batch()
+    for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert twin.model is not student.model
+        twin(batch)
+        assert twin.take(batch).mask_tokens.shape == (2, 4, DIM)
+        with pytest.raises(RuntimeError, match="nothing collected"):
+            student.take()
+
+
+def test_a_tap_adds_nothing_to_the_module_that_holds_it():
+    holder = nn.Module()
+    holder.teacher = tap(hf_sam())
+    assert list(holder.parameters()) == []
+    assert holder.state_dict() == {}
+
+
+def test_a_taken_capture_is_freed_with_the_loss():
+    teacher, student, batch, loss = tap(hf_sam()), tap(hf_sam(1)), hf_batch(), InfoSAMLoss(DIM)
+    kept = []
+    student.model.mask_decoder.register_forward_hook(lambda _module, _args, output: kept.append(weakref.ref(output[0])))
+    student.model.vision_encoder.register_forward_hook(
+        lambda _module, _args, output: kept.append(weakref.ref(output.last_hidden_state))
+    )
+    gc.disable()
+    try:
+        student(batch)
+        loss(teacher, student, batch).backward()
+        assert len(kept) == 2
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_memory_does_not_grow_over_a_thousand_steps():
+    torch.manual_seed(0)
+    teacher, student = (tap(TwoTowers(), image_features="image", mask_tokens="text") for _ in range(2))
+    batch, loss = (torch.randn(4, 3, 32, 32), torch.randn(4, 5)), InfoSAMLoss(DIM)
+
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for step in range(1000):
+        output = student(batch)
+        if step % 7:
+            (output.mean() + loss(teacher, student, batch)).backward()
+        else:
+            output.mean().backward()
+        student.model.zero_grad(), loss.zero_grad()
+        del output
+        if step == 20:
+            before = live_tensors()
+    assert live_tensors() <= before
+
+
+# refusals
+
+
+def test_an_unknown_model_lists_what_was_sought_and_the_way_out():
+    with pytest.raises(
+        ValueError,
+        match=r"TwoTowers with the parts image \(Conv2d\), text \(Linear\).*output_hypernetworks_mlps.*tap\(",
+    ):
+        tap(TwoTowers())
+
+
+@pytest.mark.parametrize(
+    ("error", "pattern", "arguments"),
+    [
+        (TypeError, "model must be a torch.nn.Module, got str", {"model": "facebook/sam-vit-base"}),
+        (ValueError, "must be given together", {"image_features": "image"}),
+        (ValueError, "must name a module of the model, got 'images'.*named_modules",
+         {"image_features": "images", "mask_tokens": "text"}),
+        (ValueError, "must name a module of the model, got 'tower.text'; near it are text",
+         {"image_features": "image", "mask_tokens": "tower.text"}),
+        (TypeError, "image_features must be a path", {"image_features": (1, 2), "mask_tokens": "text"}),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_tap(error, pattern, arguments):
+    with pytest.raises(error, match=pattern):
+        tap(arguments.pop("model", None) or TwoTowers(), **arguments)
+
+
+def test_an_output_that_is_no_tensor_asks_for_a_function():
+    student = tap(hf_sam(), image_features="vision_encoder", mask_tokens="mask_decoder.transformer")
+    with pytest.raises(TypeError, match="image_features must be a tensor, got SamVisionEncoderOutput.*lambda output"):
+        student(hf_batch())
+
+
+def test_tokens_before_image_features_are_refused():
+    student = tap(TwoTowers(), image_features="text", mask_tokens="image")
+    with pytest.raises(RuntimeError, match="image_features must be seen before mask_tokens"):
+        student((torch.randn(4, 3, 32, 32), torch.randn(4, 5)))
+
+
+def test_tokens_that_are_a_vector_are_refused():
+    student = tap(TwoTowers(), image_features="image", mask_tokens=("text", lambda output: output.flatten()))
+    with pytest.raises(ValueError, match=r"mask_tokens must have shape \[s, n, d\].*got \(64,\)"):
+        student((torch.randn(4, 3, 32, 32), torch.randn(4, 5)))
+
+
+def test_samples_that_do_not_divide_among_images_are_refused():
+    student = tap(TwoTowers(), image_features="image", mask_tokens=("text", lambda output: output[:3]))
+    student.model.image(torch.randn(2, 3, 32, 32))
+    student.model.text(torch.randn(5, 5))
+    with pytest.raises(RuntimeError, match="as many prompts for every image, got 3 samples for 2 images"):
+        student.take()
+
+
+def test_image_sizes_that_differ_within_a_step_are_refused():
+    student = tap(TwoTowers(), image_features="image", mask_tokens="text")
+    student((torch.randn(2, 3, 32, 32), torch.randn(2, 5)))
+    student((torch.randn(2, 3, 16, 16), torch.randn(2, 5)))
+    with pytest.raises(RuntimeError, match=r"must have one size, got \[\(2, 16, 4, 4\), \(2, 16, 2, 2\)\]"):
+        student.take()
+
+
+@pytest.mark.parametrize(
+    ("error", "pattern", "batch"),
+    [
+        (ValueError, r"batch must hold arguments of the model's forward, got the names \['images'\]", {"images": 1}),
+        (TypeError, "batch must be a mapping, a tensor, a tuple, or a list of dicts, got int", 7),
+    ],
+)
+def test_batches_that_no_model_takes(error, pattern, batch):
+    with pytest.raises(error, match=pattern):
+        tap(hf_sam())(batch)
+
+
+def test_other_batches_and_plain_calls():
+    student = tap(TwoTowers(), image_features="image", mask_tokens="text")
+    image, text = torch.randn(2, 3, 32, 32), torch.randn(2, 5)
+    for run in (
+        lambda: student((image, text)),
+        lambda: student([image, text]),
+        lambda: student(image, text),
+        lambda: student(image=image, text=text),
+        lambda: student({"image": image, "text": text, "label": 1}),
+    ):
+        run()
+        assert student.take().mask_tokens.shape == (2, 1, DIM)
+
+
+def test_the_loss_without_a_batch_says_that_the_teacher_needs_one():
+    model = hf_sam(1)
+    teacher, student, batch = tap(hf_sam()), tap(model), hf_batch()
+    model(batch["pixel_values"], input_boxes=batch["input_boxes"])
+    with pytest.raises(ValueError, match="batch must be given for the teacher to run on"):
+        InfoSAMLoss(DIM)(teacher, student)
