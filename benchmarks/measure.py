@@ -1,0 +1,101 @@
+"""Times and peak memory of implementations side by side, and where they were taken."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+Run = Callable[[], object]
+COLUMNS = (
+    "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "ms_p20", "ms_p50", "ms_p80", "speed_up",
+    "peak_mib", "trials", "device", "driver", "threads", "torch", "triton", "python", "commit", "dirty", "utc",
+)  # fmt: skip
+
+
+def environment() -> dict[str, object]:
+    """Return the columns that describe the machine, the versions and the state of the repository."""
+    return {
+        "device": cpu_name(),
+        "driver": "",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton") if platform.system() == "Linux" else "",
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name with what tells its generation where the name does not."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    widest = next((isa for isa in ("amx_bf16", "avx512f", "avx2") if isa in text), "")
+    return f"{name[1] if name else platform.processor()} {widest}".strip()
+
+
+def interleaved_ms(runs: dict[str, Run], trials: int) -> dict[str, list[float]]:
+    """Return the milliseconds of every trial; the runs take turns, so that a drift of the machine meets all alike.
+
+    A turn is two calls, of which the second counts: the first finds the caches full of what the other run left.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(trials):
+        for name, run in runs.items():
+            run()
+            start = time.perf_counter()
+            run()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return samples
+
+
+def percentiles(samples: list[float]) -> dict[str, float]:
+    """Return the 20th, 50th and 80th percentile by their column."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"ms_p20": fifths[0], "ms_p50": statistics.median(samples), "ms_p80": fifths[3]}
+
+
+def cpu_peak_mib(run: Run) -> float:
+    """Return the most memory that tensors made by a run hold at one time, the results included."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del kept
+    return peak / 2**20
+
+
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows to a CSV file, whole or not at all."""
+    old = path.read_text() if path.is_file() else ""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        file.write(old)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        writer.writerows(
+            {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+        )
+    temporary.replace(path)
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
