@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +11,18 @@ from torch import Tensor
 from renyi_kd.features import SAMFeatures
 
 
-@dataclass
-class _Call:
-    """One call of a mask decoder: the slot of its image features and its tokens by number."""
+class _Map(NamedTuple):
+    """Image features, and the version of their memory when they were seen."""
 
-    slot: int
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    value: Tensor
+    version: int
+
+
+class _Call(NamedTuple):
+    """One call of a mask decoder: its image features and its tokens by number."""
+
+    image: _Map
+    tokens: dict[int, Tensor]
 
 
 class _Backward:
@@ -37,7 +42,6 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self._maps: list[Tensor] = []
         self._calls: list[_Call] = []
         self._open: _Call | None = None
         self._backward = _Backward()
@@ -52,19 +56,16 @@ class Capture:
 
     def add_image(self, image_features: Tensor) -> None:
         """Begin a call on these image features."""
-        for slot, known in enumerate(self._maps):
-            if known is image_features or _same_memory(known, image_features):
-                self._open = _Call(slot)
-                return
-        self._maps.append(image_features)
-        self._open = _Call(len(self._maps) - 1)
+        image = _Map(image_features, _version(image_features))
+        same = (call.image for call in self._calls if _are_one(call.image, image))
+        self._open = _Call(next(same, image), {})
 
     def add_tokens(self, number: int, tokens: Tensor) -> None:
         """Add mask token ``number`` of the open call, ``[..., d]`` with one row per sample."""
         if self._open is None:
             raise RuntimeError(
-                "tap: image_features must be seen before mask_tokens, got mask tokens first; "
-                "name a module that runs before the one of mask_tokens"
+                "tap: image_features must be seen before mask_tokens in every forward, got mask tokens first; "
+                "name a module of image_features that runs before the one of mask_tokens"
             )
         self._open.tokens[number] = tokens
 
@@ -80,55 +81,80 @@ class Capture:
                 self.watch(item)
 
     def end_call(self) -> None:
-        """Count the open call, which has all its tokens."""
+        """Count the open call, which has all its tokens; more may follow for the same image features."""
         if self._open is not None:
             self._calls.append(self._open)
-            # The explicit form may bring more tokens for the same image features.
-            self._open = _Call(self._open.slot)
+            self._open = _Call(self._open.image, {})
+
+    def end_forward(self) -> None:
+        """Let no later tokens belong to the image features that were last seen."""
+        self._open = None
 
     def features(self) -> SAMFeatures:
         """Return all calls as one: maps of distinct images, samples in the order of the calls.
 
         Raises:
-            RuntimeError: the calls do not fit together.
+            RuntimeError: the calls do not fit together, or image features were overwritten since.
 
         """
-        used = sorted({call.slot for call in self._calls})
-        maps = [self._maps[slot] for slot in used]
-        if len({tuple(map_.shape[1:]) for map_ in maps}) > 1:
-            raise RuntimeError(
-                f"tap: image features of one step must have one size, got {[tuple(m.shape) for m in maps]}; "
-                "call the loss once per image size"
-            )
-        first_image = dict(zip(used, _offsets([len(map_) for map_ in maps]), strict=True))
+        first_image: dict[int, int] = {}
+        maps: list[Tensor] = []
         rows, index = [], []
-        for call in self._calls:
-            tokens = torch.stack([call.tokens[number].flatten(0, -2) for number in sorted(call.tokens)], 1)
-            n_images, n_samples = len(self._maps[call.slot]), len(tokens)
+        for image, by_number in self._calls:
+            if image.version != _version(image.value):
+                raise RuntimeError(
+                    "tap: image features must stay as they are until the loss is computed, got features that were "
+                    "overwritten in place; pass a tensor of its own to each decoder call"
+                )
+            if id(image) not in first_image:
+                first_image[id(image)] = sum(map(len, maps))
+                maps.append(image.value)
+            tokens = torch.stack([by_number[number].flatten(0, -2) for number in sorted(by_number)], 1)
+            n_images, n_samples = len(image.value), len(tokens)
             if n_samples % n_images:
                 raise RuntimeError(
                     f"tap: a decoder call must have as many prompts for every image, got {n_samples} samples for "
                     f"{n_images} images; call the decoder once per image"
                 )
             rows.append(tokens)
-            index.append(first_image[call.slot] + torch.arange(n_images).repeat_interleave(n_samples // n_images))
+            index.append(first_image[id(image)] + torch.arange(n_images).repeat_interleave(n_samples // n_images))
+        if len({tuple(value.shape[1:]) for value in maps}) > 1:
+            raise RuntimeError(
+                f"tap: image features of one step must have one size, got {[tuple(value.shape) for value in maps]}; "
+                "call the loss once per image size"
+            )
         image_index = torch.cat(index)
-        image_features = maps[0] if len(maps) == 1 else torch.cat(maps)
-        one_to_one = torch.equal(image_index, torch.arange(len(image_features)))
-        return SAMFeatures(image_features, torch.cat(rows), None if one_to_one else image_index)
+        one_to_one = torch.equal(image_index, torch.arange(sum(map(len, maps))))
+        return SAMFeatures(_joined(maps), torch.cat(rows), None if one_to_one else image_index)
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors show the same values to autograd: as when one image is decoded again."""
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-        and a.grad_fn is b.grad_fn
-        and a._version == b._version
+def _version(tensor: Tensor) -> int:
+    # Inference tensors have no version: autograd does not track what happens to them.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _are_one(known: _Map, new: _Map) -> bool:
+    """Return whether two tensors show the same values to autograd, as when one image is decoded again."""
+    a, b = known.value, new.value
+    if known.version != new.version:
+        return False
+    same_memory = (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     )
+    one_origin = a.grad_fn is b.grad_fn or (a._base is not None and a._base is b._base)
+    return a is b or (same_memory and one_origin)
 
 
-def _offsets(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:position]) for position in range(len(sizes))]
+def _joined(maps: list[Tensor]) -> Tensor:
+    """Return the maps as one tensor: without a copy where they are the consecutive parts of one."""
+    whole = maps[0]._base
+    if len(maps) == 1:
+        return maps[0]
+    if whole is not None and whole.shape == (sum(map(len, maps)), *maps[0].shape[1:]):
+        offset = whole.storage_offset()
+        for part in maps:
+            if part._base is not whole or part.storage_offset() != offset or part.stride()[1:] != whole.stride()[1:]:
+                return torch.cat(maps)
+            offset += len(part) * whole.stride(0)
+        return whole
+    return torch.cat(maps)

@@ -43,8 +43,7 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
 
     """
     _check_gram("renyi_entropy", "gram", gram)
-    if not alpha > 0:
-        raise ValueError(f"renyi_entropy: alpha must be above 0, got {alpha}; 2 is the order with a closed form")
+    check_alpha("renyi_entropy", alpha)
     normalised = gram.double() / gram.double().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     bits = -normalised.square().sum((-2, -1)).log2() if alpha == 2 else _spectral_entropy(normalised, alpha)
     return bits.to(torch.promote_types(gram.dtype, torch.float32))
@@ -169,6 +168,14 @@ def _spectral_entropy(normalised: Tensor, alpha: float) -> Tensor:
         # sum l^alpha - 1 = sum l (l^(alpha - 1) - 1): no cancellation however close alpha is to 1.
         return (eigenvalues * ((alpha - 1) * nats).expm1()).sum(-1).log1p() / ((1 - alpha) * math.log(2))
     return (alpha * nats).masked_fill(negligible, -math.inf).logsumexp(-1) / ((1 - alpha) * math.log(2))
+
+
+def check_alpha(function: str, alpha: float) -> None:
+    """Raise unless ``alpha`` is an order of entropy; ``function`` begins the message."""
+    if not isinstance(alpha, float | int) or not alpha > 0:
+        raise ValueError(
+            f"{function}: alpha must be a number above 0, got {alpha!r}; 2 is the order with a closed form"
+        )
 
 
 def _check_gram(function: str, name: str, gram: Tensor) -> None:

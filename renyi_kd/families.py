@@ -37,19 +37,11 @@ FAMILIES = (
 )
 
 
-class Decoder(NamedTuple):
-    """A mask decoder found in a model."""
-
-    path: str
-    module: nn.Module
-    family: Family
-
-
-def find_decoders(model: nn.Module) -> list[Decoder]:
+def find_decoders(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     """Return every mask decoder in ``model``: two where peft keeps a trained copy beside the original."""
     return [
-        Decoder(path, module, family)
-        for path, module in model.named_modules()
+        (module, family)
+        for module in model.modules()
         for family in FAMILIES
         if family.marks <= {name for name, _ in module.named_children()}
     ]

@@ -34,6 +34,11 @@ def check_features(function: str, name: str, features: SAMFeatures) -> None:
         ValueError: shapes, devices or indices do not fit each other.
 
     """
+    if not isinstance(features, SAMFeatures):
+        raise TypeError(
+            f"{function}: {name} must be SAMFeatures, got {type(features).__name__}; "
+            "make them from a map and tokens, or let InfoSAMLoss read a tap"
+        )
     for member in ("image_features", "mask_tokens"):
         value = getattr(features, member)
         if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -76,10 +76,10 @@ def gram_matrix(
         elif kernel == "rbf":
             raw = _rbf(features, bandwidth)
         elif kernel == "polynomial":
-            if degree < 1 or offset < 0:
+            if degree != int(degree) or degree < 1 or offset < 0:
                 raise ValueError(
-                    f"gram_matrix: degree must be at least 1 and offset at least 0, got {degree} and {offset}; "
-                    "other values give a kernel that is not positive semidefinite"
+                    "gram_matrix: degree must be a whole number of at least 1 and offset at least 0, got "
+                    f"{degree} and {offset}; other values give a kernel that is not positive semidefinite"
                 )
             raw = (features @ features.mT + offset) ** degree
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
+from renyi_kd.entropy import check_alpha
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
 from renyi_kd.gram import unit_diagonal
 from renyi_kd.kernels.batch_gram import batch_gram
@@ -87,6 +88,14 @@ def infosam_terms(
     >>> infosam_terms(relation, teacher, student).loss.backward()
 
     """
+    if not isinstance(relation, RelationModule):
+        raise TypeError(
+            f"infosam_terms: relation must be a RelationModule, got {type(relation).__name__}; "
+            "of an InfoSAMLoss it is infosam_loss.relation"
+        )
+    _check_weights("infosam_terms", lambda_r, lambda_d)
+    check_features("infosam_terms", "teacher", teacher)
+    check_features("infosam_terms", "student", student)
     grams = _grams(relation, teacher, student, check_finite, impl)
     return _weigh(grams, lambda_r, lambda_d, alpha, detach_teacher_relation, impl)
 
@@ -129,11 +138,8 @@ class InfoSAMLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
-            if not math.isfinite(value):
-                raise ValueError(f"InfoSAMLoss: {name} must be finite, got {value}; 0 switches the term off")
-        if not alpha > 0:
-            raise ValueError(f"InfoSAMLoss: alpha must be above 0, got {alpha}; the paper's order is 2")
+        _check_weights("InfoSAMLoss", lambda_r, lambda_d)
+        check_alpha("InfoSAMLoss", alpha)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
         resolve(impl)
@@ -146,6 +152,7 @@ class InfoSAMLoss(nn.Module):
         self.check_finite = check_finite
         self.impl: Impl = impl
         self._relation_grams: tuple[Tensor, Tensor] | None = None
+        self._known_pair: tuple[int, int] | None = None
 
     def forward(self, teacher: Tap | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
         """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
@@ -160,13 +167,13 @@ class InfoSAMLoss(nn.Module):
         Args:
             teacher: the tap of the frozen model, or its :class:`SAMFeatures`.
             student: the tap of the model in training, or its :class:`SAMFeatures`.
-            batch: what the models run on. May be None if the student ran through its tap (the teacher then runs on
-                the same batches, of which there may be several), or if no teacher has to run.
+            batch: what the models run on. May be None if the student has run (the teacher then runs on what it ran
+                on, which may be several batches), or if no teacher has to run.
 
         Raises:
             TypeError: ``teacher`` or ``student`` is neither a tap nor features.
             RuntimeError: a tap has nothing to give; see :meth:`Tap.take` and :meth:`Tap.observe`.
-            ValueError: as :func:`infosam_terms`.
+            ValueError: as :func:`infosam_terms`; or teacher and student share modules.
 
         """
         for name, source in (("teacher", teacher), ("student", student)):
@@ -175,7 +182,14 @@ class InfoSAMLoss(nn.Module):
                     f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
                     f"attach to a model once, before the loop: {name} = tap(model)"
                 )
-        batches = (batch,) if batch is not None else student.batches if isinstance(student, Tap) else ()
+        if isinstance(teacher, Tap) and isinstance(student, Tap):
+            self._refuse_shared_weights(teacher, student)
+        # What the student ran on, rather than the batch: its prompts may have been made in the loop. A function of
+        # the user's for the teacher takes the batch.
+        uses_pending = isinstance(student, Tap) and student.pending and torch.is_grad_enabled()
+        batches = student.batches if isinstance(student, Tap) and uses_pending else ()
+        if batch is not None and (not batches or (isinstance(teacher, Tap) and teacher.has_call)):
+            batches = (batch,)
         if isinstance(teacher, Tap) and not batches:
             raise ValueError(
                 "InfoSAMLoss: batch must be given for the teacher to run on, got None; pass what the student ran on, "
@@ -193,6 +207,20 @@ class InfoSAMLoss(nn.Module):
         )
         self._relation_grams = (grams.teacher.detach(), grams.student.detach())
         return _weigh(grams, self.lambda_r, self.lambda_d, self.alpha, self.detach_teacher_relation, self.impl)
+
+    def _refuse_shared_weights(self, teacher: Tap, student: Tap) -> None:
+        if self._known_pair == (id(teacher), id(student)):
+            return
+        trained = {id(parameter) for parameter in student.model.parameters() if parameter.requires_grad}
+        shared = [name for name, parameter in teacher.model.named_parameters() if id(parameter) in trained]
+        inner = {id(module) for module in student.model.modules()}
+        if shared or (teacher is student) or any(id(module) in inner for module in teacher.model.modules()):
+            raise ValueError(
+                "InfoSAMLoss: teacher and student must be models of their own, got models that share modules"
+                f"{f', of which {shared[0]} is trained' if shared else ''}; copy the teacher before PEFT changes the "
+                "model in place: teacher = tap(copy.deepcopy(model))"
+            )
+        self._known_pair = (id(teacher), id(student))
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return the state of the relations in the last step: entropies and similarities, without gradient.
@@ -225,7 +253,7 @@ class _Grams(NamedTuple):
 def _grams(
     relation: RelationModule, teacher: SAMFeatures, student: SAMFeatures, check_finite: bool, impl: Impl
 ) -> _Grams:
-    images = _checked_images(teacher, student)
+    images = _common_images(teacher, student)
     if check_finite:
         _check_finite(teacher, student)
     teacher_map, teacher_tokens = teacher.image_features.detach(), teacher.mask_tokens.detach()
@@ -239,8 +267,11 @@ def _grams(
     teacher_scores = relation.scores_along(teacher_map, directions[0], offsets[0], images, impl=impl)
     student_scores = relation.scores_along(student.image_features, directions[1], offsets[1], images, impl=impl)
     image_gram = batch_gram(teacher_map, impl=impl)
+    if images is not None:
+        index = torch.tensor(images, device=image_gram.device)
+        image_gram = image_gram[index[:, None], index]
     grams = [
-        image_gram if images is None else image_gram[images][:, images],
+        image_gram,
         batch_gram(teacher_tokens, impl=impl),
         # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
         batch_gram(teacher_scores.double(), impl=impl),
@@ -278,10 +309,14 @@ def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
     return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
 
 
-def _checked_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:
+def _check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
+    for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
+        if not isinstance(value, float | int) or not math.isfinite(value):
+            raise ValueError(f"{function}: {name} must be a finite number, got {value!r}; 0 switches the term off")
+
+
+def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:
     """Return the image of each sample, the same for both; raise if teacher and student do not fit each other."""
-    check_features("infosam_terms", "teacher", teacher)
-    check_features("infosam_terms", "student", student)
     for member in ("image_features", "mask_tokens"):
         of_teacher, of_student = getattr(teacher, member), getattr(student, member)
         if of_teacher.shape != of_student.shape:

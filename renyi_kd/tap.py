@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.capture import Capture
-from renyi_kd.families import FAMILIES, Decoder, Family, find_decoders
+from renyi_kd.families import FAMILIES, Family, find_decoders
 from renyi_kd.features import SAMFeatures
 
 Place = str | tuple[str, Callable[[Any], Tensor]]
@@ -88,10 +88,18 @@ class Tap:
         self._batches: list[Any] = []
         self._observing = False
         self._ran_without_gradient = False
+        if call is not None and not callable(call):
+            raise TypeError(
+                f"tap: call must be a function of model and batch, got {call!r}; leave it out for a plain call"
+            )
+        self._running = False
+        self._error_before: BaseException | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         weakref.finalize(self, _remove, self._handles)
+        _drop_hooks_of_copied_taps(model)
+        self._hook_before(model, lambda tap, args, kwargs: tap._begin_forward(args, kwargs))
         # A step that fails in a later image leaves whole calls of the earlier ones. always_call: also after errors.
-        end = _Hook(self, lambda tap, _args, _kwargs, output: tap._end_forward(output))
+        end = _Hook(self, lambda tap, _args, _kwargs, output: tap._end_forward(output), without_gradient=True)
         self._handles.append(model.register_forward_hook(end, with_kwargs=True, always_call=True))
         if image_features is None and mask_tokens is None:
             self._attach_to_decoders(_found_decoders(model))
@@ -130,6 +138,8 @@ class Tap:
 
         """
         self._check_open()
+        if batch is not None and not torch.is_grad_enabled():
+            return self.observe(batch)
         if self._capture.differentiated:
             self.clear()
             raise RuntimeError(
@@ -139,15 +149,14 @@ class Tap:
         if len(self._capture) == 0:
             if batch is None:
                 raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
-            if torch.is_grad_enabled():
-                self._run(batch)
-            else:
-                return self.observe(batch)
-        elif batch is not None and self._batches and not any(_same_batch(batch, known) for known in self._batches):
+            self._run(batch)
+        elif batch is not None and any(_differ(batch, known) for known in self._batches):
+            count = len(self._batches)
             self.clear()
             raise RuntimeError(
-                "tap: the batch must be the one that the model ran on, got another (the capture, now dropped, was "
-                "stale); pass the same object to the model and to the loss"
+                "tap: the batch must be all that the model ran on since the last loss, got another or one of "
+                f"{count} (the stale capture is now dropped); pass the same object to model and loss, leave the batch "
+                "out to use all, and call clear() after a step whose loss is skipped"
             )
         return self._collect()
 
@@ -173,7 +182,7 @@ class Tap:
 
     @property
     def batches(self) -> tuple[Any, ...]:
-        """The batches that the pending capture came from, as far as the model was run through the tap."""
+        """What the pending capture came from: batches given to the tap, and the named arguments of other calls."""
         return tuple(self._batches)
 
     def clear(self) -> None:
@@ -199,8 +208,18 @@ class Tap:
         image_features, mask_tokens = self._places
         return _tap_again, (self.model, image_features, mask_tokens, self._call)
 
-    def _attach_to_decoders(self, decoders: list[Decoder]) -> None:
-        for _, decoder, family in decoders:
+    @property
+    def pending(self) -> bool:
+        """Whether anything waits to be taken."""
+        return len(self._capture) > 0
+
+    @property
+    def has_call(self) -> bool:
+        """Whether the model is run by a function of the user's."""
+        return self._call is not None
+
+    def _attach_to_decoders(self, decoders: list[tuple[nn.Module, Family]]) -> None:
+        for decoder, family in decoders:
 
             def begin(tap: Tap, args: Any, kwargs: Any, family: Family = family) -> None:
                 # Where the argument is missing the model's own error follows.
@@ -217,7 +236,7 @@ class Tap:
                     tap._capture.watch(args[0])
 
                 self._hook_before(module, add)
-            self._hook_after(decoder, lambda tap, _args, _kwargs, _output: tap._end_call())
+            self._hook_after(decoder, lambda tap, _args, _kwargs, output: tap._end_call(output))
 
     def _attach_to_places(self, image_features: Place, mask_tokens: Place) -> None:
         def add_image(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -229,11 +248,12 @@ class Tap:
             for number, token in enumerate(tokens.unbind(1)):
                 tap._capture.add_tokens(number, token)
             # What the function took is a tensor of its own; backward runs through the module's.
-            tap._capture.watch(output)
-            tap._end_call()
+            tap._end_call(output)
 
         for module in _modules_at(self.model, "image_features", image_features):
-            self._hook_after(module, add_image)
+            # A frozen encoder may run without gradient in a step that trains the decoder.
+            handle = module.register_forward_hook(_Hook(self, add_image, without_gradient=True), with_kwargs=True)
+            self._handles.append(handle)
         for module in _modules_at(self.model, "mask_tokens", mask_tokens):
             self._hook_after(module, add_tokens)
 
@@ -248,29 +268,46 @@ class Tap:
             self.clear()
         self._capture.add_image(image_features)
 
-    def _end_call(self) -> None:
+    def _end_call(self, output: Any) -> None:
+        self._capture.watch(output)
         self._capture.end_call()
-        if len(self._capture) == _MANY_CALLS:
+        if len(self._capture) == _MANY_CALLS and not self._observing:
             warnings.warn(
                 f"tap: {_MANY_CALLS} decoder calls are waiting for a loss, and keep their graph in memory; run what "
                 "needs no loss under torch.no_grad(), or call clear() on the tap when a step's loss is skipped",
                 stacklevel=2,
             )
 
+    def _begin_forward(self, args: Any, kwargs: Any) -> None:
+        self._error_before = sys.exc_info()[1]
+        if self._capture.differentiated:
+            self.clear()
+        if len(self._capture) == 0:
+            self._batches = []
+        if not self._running:
+            self._batches.append({**dict(zip(_parameters(self.model), args, strict=False)), **kwargs})
+
     def _end_forward(self, output: Any) -> None:
-        if output is None and sys.exc_info()[1] is not None:
+        self._capture.end_forward()
+        # An exception that was there before is being handled by the caller: the model may well return None.
+        if output is None and sys.exc_info()[1] is not self._error_before:
             self.clear()
 
     def _run(self, batch: Any) -> Any:
+        if self._capture.differentiated:
+            self.clear()
         before = len(self._capture)
+        if before == 0:
+            self._batches = []
+        self._running = True
         try:
             output = self._call(self.model, batch) if self._call else _run_model(self.model, batch)
         except BaseException:
             self.clear()
             raise
+        finally:
+            self._running = False
         if len(self._capture) > before:
-            if before == 0:
-                self._batches = []
             self._batches.append(batch)
         return output
 
@@ -303,11 +340,11 @@ class Tap:
         if not self._handles:
             raise RuntimeError("tap: the tap must be open, got one that was closed; tap the model again")
 
-    def _listens(self) -> bool:
+    def _listens(self, without_gradient: bool) -> bool:
         # A forward inside a backward pass is checkpointing's second run of what was already collected.
         if torch._C._current_graph_task_id() != -1:
             return False
-        if self._observing or torch.is_grad_enabled():
+        if self._observing or without_gradient or torch.is_grad_enabled():
             return True
         self._ran_without_gradient = True
         return False
@@ -320,17 +357,26 @@ class _Hook:
     neither writes into the original's capture nor needs this package to be loaded.
     """
 
-    def __init__(self, tap: Tap, react: Callable[..., None]) -> None:
+    def __init__(self, tap: Tap, react: Callable[..., None], without_gradient: bool = False) -> None:
         self._tap = weakref.ref(tap)
         self._react = react
+        self._without_gradient = without_gradient
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         tap = self._tap()
-        if tap is not None and tap._listens():
+        if tap is not None and tap._listens(self._without_gradient):
             self._react(tap, args, kwargs, *output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def _drop_hooks_of_copied_taps(model: nn.Module) -> None:
+    """Remove what stands for the hooks of a tap in a copy of its model; of copies of copies there could be many."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), nullcontext)]:
+                del hooks[key]
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
@@ -342,7 +388,7 @@ def _tap_again(model: nn.Module, image_features: Place | None, mask_tokens: Plac
     return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
 
 
-def _found_decoders(model: nn.Module) -> list[Decoder]:
+def _found_decoders(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     decoders = find_decoders(model)
     if not decoders:
         sought = "; ".join(f"a {family.name}: a module with {', '.join(sorted(family.marks))}" for family in FAMILIES)
@@ -457,13 +503,17 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def _same_batch(a: Any, b: Any) -> bool:
-    """Return whether two batches are one object, or hold the same objects in containers of their own."""
+def _differ(a: Any, b: Any) -> bool:
+    """Return whether two batches have something in common that shows them to be different ones.
+
+    Tensors are compared by their memory, not by their values: that would wait for the device.
+    """
     if a is b:
-        return True
+        return False
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and (a.shape != b.shape or a.data_ptr() != b.data_ptr())
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        shared = a.keys() & b.keys()
-        return bool(shared) and all(_same_batch(a[name], b[name]) for name in shared)
+        return any(_differ(a[name], b[name]) for name in a.keys() & b.keys())
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same_batch(x, y) for x, y in zip(a, b, strict=True))
-    return False
+        return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
+    return isinstance(a, int | float | str) and isinstance(b, int | float | str) and a != b

@@ -1,0 +1,174 @@
+"""The SAMs that the example fine-tunes, one way to run them, and four ways to make few of their weights trainable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision_compat import ensure_importable
+
+Peft = Literal["lora", "adapter", "bitfit", "decoder"]
+Segment = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+MINI_SAM = Path(__file__).parent / "assets" / "mini_sam"
+
+
+class Sam(NamedTuple):
+    """A pretrained SAM: the module, how to run it on a batch, its square input in pixels, its decoder's channels.
+
+    ``segment(model, batch)`` takes the batches of ``data.InstanceDataset`` and returns mask logits ``[b, p, S, S]``.
+    """
+
+    model: nn.Module
+    segment: Segment
+    image_size: int
+    dim: int
+
+
+def load_sam(name: str, weights: Path | None, image_size: int | None) -> Sam:
+    """Return the pretrained SAM of a name: "mini", "mobile_sam", or a transformers SamModel by name or folder.
+
+    Raises:
+        FileNotFoundError: the weights file is missing.
+        ModuleNotFoundError: the package of the model is not installed.
+        OSError: transformers finds no such model.
+        ValueError: the model cannot work at ``image_size``.
+
+    """
+    ensure_importable()
+    return _load_mobile_sam(weights, image_size) if name == "mobile_sam" else _load_hf_sam(name, image_size)
+
+
+def trainable_copy(sam: Sam, peft: Peft) -> nn.Module:
+    """Return a copy of the model of which only the weights of a PEFT method require grad.
+
+    "lora": rank 4 on the encoder's qkv; "adapter": a bottleneck after every block's MLP in the encoder (both with the
+    whole mask decoder); "bitfit": all biases; "decoder": the mask decoder alone.
+    """
+    model = copy.deepcopy(sam.model).requires_grad_(False)
+    if peft == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=r".*encoder.*\.qkv", modules_to_save=["mask_decoder"])
+        return get_peft_model(model, config).eval()
+    if peft == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".bias"))
+        return model
+    if peft == "adapter":
+        for block in [module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "attn")]:
+            block.mlp = nn.Sequential(
+                block.mlp, Adapter([m for m in block.mlp.modules() if isinstance(m, nn.Linear)][-1])
+            )
+    model.mask_decoder.requires_grad_(True)
+    return model
+
+
+class Adapter(nn.Module):
+    """A bottleneck with a skip, which starts as the identity (Houlsby et al., 2019)."""
+
+    def __init__(self, before: nn.Linear) -> None:
+        super().__init__()
+        width = before.out_features
+        self.down = nn.Linear(width, width // 4, device=before.weight.device)
+        self.up = nn.Linear(width // 4, width, device=before.weight.device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x plus its image through the bottleneck."""
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def _load_hf_sam(name: str, image_size: int | None) -> Sam:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if name == "mini" and not (MINI_SAM / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{MINI_SAM}/model.safetensors: missing; write it with pretrain_mini_sam.py")
+    model = transformers.SamModel.from_pretrained(MINI_SAM if name == "mini" else name).float()
+    vision = model.config.vision_config
+    if image_size not in (None, vision.image_size):
+        if image_size % vision.patch_size:
+            raise ValueError(f"--image-size must be a multiple of {vision.patch_size} px, got {image_size}")
+        model = _resized(model, image_size)
+    # Always in eval mode: a SAM has no dropout in use, and BatchNorm keeps the statistics of all its images.
+    return Sam(
+        model.eval(), _segment_hf, model.config.vision_config.image_size, model.config.mask_decoder_config.hidden_size
+    )
+
+
+def _resized(model: nn.Module, image_size: int) -> nn.Module:
+    """Return the model for inputs of another size, its embeddings of absolute and relative positions interpolated."""
+    config = copy.deepcopy(model.config)
+    config.vision_config.image_size = config.prompt_encoder_config.image_size = image_size
+    config.prompt_encoder_config.image_embedding_size = image_size // config.vision_config.patch_size
+    resized = type(model)(config)
+    state = model.state_dict()
+    for name, target in resized.state_dict().items():
+        value = state[name]
+        if value.shape == target.shape:
+            continue
+        if value.ndim == 4:
+            value = F.interpolate(value.permute(0, 3, 1, 2), target.shape[1:3], mode="bicubic").permute(0, 2, 3, 1)
+        else:
+            value = F.interpolate(value.T[None], len(target), mode="linear")[0].T
+        state[name] = value
+    resized.load_state_dict(state)
+    return resized
+
+
+def _segment_hf(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    names = ("pixel_values", "input_boxes", "input_points", "input_labels")
+    inputs = {name: batch[name] for name in names if name in batch}
+    low_resolution = model(**inputs, multimask_output=False).pred_masks[:, :, 0]
+    return _at_input_size(low_resolution, batch)
+
+
+def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
+    if weights is None:
+        raise ValueError("--weights must name a safetensors file with --model mobile_sam, got nothing")
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: missing; --weights must be a safetensors file with MobileSAM's own names")
+    if image_size not in (None, 1024):
+        raise ValueError(f"--image-size must be 1024 with --model mobile_sam, got {image_size}; leave it out")
+    try:
+        from mobilesam_lite.mobile_sam import build_sam_vit_t
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; --model mobile_sam needs: pip install mobilesam-lite") from error
+    from safetensors.torch import load_file
+
+    model = build_sam_vit_t()
+    model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    # eval() again: TinyViT's attention computes its biases there, and its builder did so before the weights came.
+    return Sam(model.eval(), _segment_meta, 1024, 256)
+
+
+def _segment_meta(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    # Meta's own forward runs without gradient and its decoder takes one image at a time.
+    features = model.image_encoder(batch["pixel_values"])
+    masks = []
+    for index, feature in enumerate(features):
+        boxes = batch["input_boxes"][index] if "input_boxes" in batch else None
+        points = (batch["input_points"][index], batch["input_labels"][index]) if "input_points" in batch else None
+        sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=None)
+        low_resolution, _ = model.mask_decoder(
+            image_embeddings=feature[None],
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        masks.append(low_resolution[:, 0])
+    return _at_input_size(torch.stack(masks), batch)
+
+
+def _at_input_size(low_resolution: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Return logits at the size of the input, and far below zero in the padding."""
+    inside = batch["inside"]
+    logits = F.interpolate(low_resolution.float(), inside.shape[-2:], mode="bilinear", align_corners=False)
+    return logits.where(inside.bool(), -20.0)
