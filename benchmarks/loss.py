@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=15)
+    parser.add_argument("--trials", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     environment, rows = measure.environment(), []

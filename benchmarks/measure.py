@@ -47,18 +47,26 @@ def cpu_name() -> str:
 
 
 def interleaved_ms(runs: dict[str, Run], trials: int) -> dict[str, list[float]]:
-    """Return the milliseconds of every trial; the runs take turns, so that a drift of the machine meets all alike.
+    """Return the median milliseconds of every turn; the runs take turns, so that a drift of the machine meets all alike.
 
-    A turn is two calls, of which the second counts: the first finds the caches full of what the other run left.
+    A turn is a tenth of a second to warm up, as it finds allocator and caches full of what the other run left, and
+    three tenths that count; at least one call and three calls.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(trials):
         for name, run in runs.items():
-            run()
-            start = time.perf_counter()
-            run()
-            samples[name].append(1e3 * (time.perf_counter() - start))
+            _calls_ms(run, seconds=0.1, at_least=1)
+            samples[name].append(statistics.median(_calls_ms(run, seconds=0.3, at_least=3)))
     return samples
+
+
+def _calls_ms(run: Run, seconds: float, at_least: int) -> list[float]:
+    times: list[float] = []
+    while sum(times) < 1e3 * seconds or len(times) < at_least:
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def percentiles(samples: list[float]) -> dict[str, float]:

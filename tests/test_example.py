@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.support.models import IMAGE_SIZE, hf_sam
+from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUN_FILES = {"metrics.csv", "comparison.png", "relation.safetensors"}
@@ -63,8 +63,14 @@ def tiny_model(tmp_path_factory):
 
 def run(folder: Path, tiny_model: Path, out: Path, *options: str) -> None:
     """Run the example on the tiny model, two steps per epoch."""
-    few = ["--epochs", "2", "--batch-size", "2", "--prompts", "2", "--device", "cpu"]
+    few = ["--epochs", "2", "--batch-size", "2", "--prompts", "2", "--lr", "0.01", "--device", "cpu"]
     finetune.main(["--model", str(tiny_model), "--data", str(folder), "--out", str(out), *few, *options])
+
+
+def metrics(out: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv."""
+    with (out / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # good input
@@ -85,8 +91,7 @@ def test_a_run_writes_everything_whole_and_reports_it(folder, tiny_model, tmp_pa
     run(folder, tiny_model, out, *options)
     peft = options[1] if "--peft" in options else "lora"
     assert {path.name for path in out.iterdir()} == RUN_FILES | {f"{peft}.safetensors", f"{peft}_infosam.safetensors"}
-    with (out / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = metrics(out)
     assert [row["run"] for row in rows] == ["zero-shot"] + ["PEFT"] * 4 + ["PEFT + InfoSAM"] * 4
     with_infosam = rows[5:]
     assert all(float(row["compression"]) < 0 for row in with_infosam)
@@ -104,7 +109,7 @@ def test_a_run_writes_everything_whole_and_reports_it(folder, tiny_model, tmp_pa
 
 @pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "decoder"])
 def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder, tiny_model, tmp_path, peft):
-    run(folder, tiny_model, tmp_path, "--peft", peft, "--lr", "0.01")
+    run(folder, tiny_model, tmp_path, "--peft", peft)
     sam = models.load_sam(str(tiny_model), None, None)
     images = data.InstanceDataset(folder, "test", size=sam.image_size)
     before = finetune.evaluate(
@@ -118,16 +123,47 @@ def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder
     missing, unexpected = model.load_state_dict(saved, strict=False)
     assert not unexpected
     assert trainable.isdisjoint(missing)
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    rows = metrics(tmp_path)
     args = finetune.arguments(["--data", str(folder), "--out", str(tmp_path)])
     assert finetune.evaluate(model, sam, images, args)["iou"] == pytest.approx(float(rows[-1]["iou"]), abs=1e-4)
     assert before["iou"] == pytest.approx(float(rows[0]["iou"]), abs=1e-4)
 
 
+@pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "decoder"])
+@pytest.mark.parametrize("prompt", ["box", "point"])
+def test_models_with_metas_interface_train_too(folder, tiny_model, tmp_path, peft, prompt):
+    sam = models.Sam(meta_sam().eval(), models._segment_meta, IMAGE_SIZE, DIM)
+    options = [
+        "--model",
+        str(tiny_model),
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path),
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    args = finetune.arguments([*options, "--peft", peft, "--prompt", prompt, "--batch-size", "2", "--prompts", "2"])
+    before = {name: value.clone() for name, value in sam.model.state_dict().items()}
+    model, infosam_loss, rows = finetune.fine_tune(sam, args.train_images, args, with_infosam=True)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["compression"] < 0 for row in rows)
+    assert rows[0]["distillation"] != rows[1]["distillation"]
+    assert all(torch.equal(value, before[name]) for name, value in sam.model.state_dict().items())
+    assert any(parameter.grad is not None for parameter in infosam_loss.parameters())
+    trained = {
+        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert trained
+    assert 0 <= finetune.evaluate(model, sam, args.test_images, args)["iou"] <= 1
+
+
 def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
     def losses(name: str, *options: str) -> list[str]:
         run(folder, tiny_model, tmp_path / name, *options)
-        return [row["loss"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+        return [row["loss"] for row in metrics(tmp_path / name)]
 
     assert losses("a") == losses("b")
     assert losses("c", "--seed", "1") != losses("a")
@@ -265,7 +301,7 @@ def test_bad_data_ends_in_one_sentence_and_no_files(folder, tiny_model, tmp_path
         (("--model", "mobile_sam", "--weights", "no.safetensors"), "no.safetensors: missing; --weights must be"),
         (("--image-size", "33"), "--image-size must be a multiple of 8 px, got 33"),
         (("--epochs", "0"), "--epochs must be at least 1, got 0"),
-        (("--alpha", "0"), "alpha must be above 0, got 0.0"),
+        (("--alpha", "0"), "alpha must be a number above 0, got 0.0"),
         (("--lr", "-1"), "--lr must be a finite number above 0, got -1.0"),
         (("--device", "abacus"), "abacus"),
         (("--peft", "magic"), "invalid choice: 'magic'"),

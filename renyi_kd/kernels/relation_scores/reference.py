@@ -106,15 +106,14 @@ class _RelationScores(torch.autograd.Function):
                 "differentiate a textbook implementation instead"
             )
         image_features, directions, mean, rstd, scores = ctx.saved_tensors
-        n_images, n_channels, _, _ = image_features.shape
+        n_channels = image_features.shape[1]
         needs_features, needs_directions, _ = ctx.needs_input_grad
         grad_features = _empty_gradient(image_features) if needs_features else None
         grad_directions = torch.zeros_like(directions) if needs_directions else None
         with torch.autocast(image_features.device.type, enabled=False):
             weights = grad_scores * rstd
             slope = (weights * scores).sum(1, keepdim=True).mul_(rstd).div_(-n_channels)
-            left = torch.cat([directions, directions.new_ones(n_images, 1, n_channels)], 1)
-            weights_and_shift = torch.cat([weights, slope * -mean], 1)
+            shift = slope * -mean
             for part, x in _parts(image_features, directions.dtype):
                 if grad_directions is not None:
                     grad_directions.baddbmm_(weights[:, :, part], x.mT)
@@ -123,10 +122,14 @@ class _RelationScores(torch.autograd.Function):
                 target = grad_features.flatten(2)[:, :, part]
                 in_place = target.dtype == x.dtype
                 gradient = target if in_place else torch.empty_like(x)
-                by_pixel = slope[:, :, part], weights_and_shift[:, :, part]
-                for block, out, block_left, block_slope, block_weights in _blocks((x, gradient), (left,), by_pixel):
-                    torch.mul(block, block_slope, out=out)
-                    out.baddbmm_(block_left.mT, block_weights)
+                by_pixel = slope[:, :, part], shift[:, :, part], weights[:, :, part]
+                for block, out, left, a, b, right in _blocks((x, gradient), (directions,), by_pixel):
+                    torch.addcmul(b, block, a, out=out)
+                    # A product with one row is a sum of products: half the time of a matrix product.
+                    if left.shape[1] == 1:
+                        out.addcmul_(left.mT, right)
+                    else:
+                        out.baddbmm_(left.mT, right)
                 if not in_place:
                     target.copy_(gradient)
         return grad_features, grad_directions, None
