@@ -47,7 +47,7 @@ def cpu_name() -> str:
 
 
 def interleaved_ms(runs: dict[str, Run], trials: int) -> dict[str, list[float]]:
-    """Return the median milliseconds of every turn; the runs take turns, so that a drift of the machine meets all alike.
+    """Return the median milliseconds of every turn; in turns, so that a drift of the machine meets all runs alike.
 
     A turn is a tenth of a second to warm up, as it finds allocator and caches full of what the other run left, and
     three tenths that count; at least one call and three calls.

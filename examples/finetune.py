@@ -178,7 +178,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, default=2.0, help="order of the entropies")
     add("--prompt", choices=("box", "point"), default="box")
     add("--prompts", type=int, default=8, help="prompts per image in training")
-    add("--epochs", type=int, default=5)
+    add("--epochs", type=int, default=6)
     add("--batch-size", type=int, default=4)
     add("--lr", type=float, default=2e-4, help="peak learning rate")
     add("--limit", type=int, help="use at most so many images of each list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,7 +55,10 @@ def trainable_copy(sam: Sam, peft: Peft) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=4, lora_alpha=4, target_modules=r".*encoder.*\.qkv", modules_to_save=["mask_decoder"])
-        return get_peft_model(model, config).eval()
+        with warnings.catch_warnings():
+            # Of peft, about a name in transformers that it still uses.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(model, config).eval()
     if peft == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".bias"))

@@ -1,0 +1,86 @@
+"""The README's code runs, prints what it says it prints, and its table is that of the measured rows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.readme import with_tables
+from tests.support.models import hf_batch, hf_sam
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BASH = dict(re.findall(r"<!-- command: (\w+) -->\n\n```bash\n(.*?)```", README, re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """Return what a user has when the README begins: two models, their batches and a task loss."""
+    from peft import LoraConfig, get_peft_model
+
+    def task_loss(output: object, masks: Tensor) -> Tensor:
+        logits = F.interpolate(output.pred_masks[:, :, 0], masks.shape[-2:])
+        return F.binary_cross_entropy_with_logits(logits, masks)
+
+    config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
+    student = get_peft_model(hf_sam(dim=256), config)
+    batches = [{**hf_batch(2, 2, seed), "masks": torch.ones(2, 2, 32, 32)} for seed in range(2)]
+    return {
+        "pretrained_sam": hf_sam(dim=256),
+        "finetuned_sam": student,
+        "trainable": [parameter for parameter in student.parameters() if parameter.requires_grad],
+        "loader": batches,
+        "task_loss": task_loss,
+    }
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON)))
+def test_python_blocks_run_in_order_and_print_what_they_say(index, namespace):
+    expected = re.findall(r"^print\(.*\)  # (.*)$", PYTHON[index], re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(PYTHON[index], f"README.md block {index}", "exec"), namespace)
+    if expected:
+        assert printed.getvalue().splitlines() == expected
+
+
+def test_the_loop_of_the_readme_trains_student_and_module(namespace):
+    state = namespace["optimizer"].state
+    assert any(parameter in state for parameter in namespace["infosam_loss"].parameters())
+    assert all(
+        parameter in state for name, parameter in namespace["finetuned_sam"].named_parameters() if "lora_B" in name
+    )
+
+
+def test_the_first_example_is_short_and_early():
+    before, _, rest = README.partition("```python\n")
+    assert before.count("\n") <= 8
+    assert rest.partition("```")[0].count("\n") <= 12
+
+
+def test_shell_blocks_are_the_two_commands_of_which_ci_runs_one_and_this_the_other(tmp_path):
+    assert re.findall(r"```bash\n(.*?)```", README, re.DOTALL) == list(BASH.values())
+    assert BASH.keys() == {"example", "tests"}
+    install, _, example = BASH["example"].strip().partition(" && ")
+    assert install == 'pip install -e ".[examples]" -c constraints.txt'
+    assert BASH["tests"].strip() == 'pip install -e ".[test]" -c constraints.txt && pytest'
+    assert "readme_command.py tests" in (ROOT / ".ci/run").read_text()
+    program, *arguments = shlex.split(example)
+    assert program == "python"
+    small = ["--limit", "4", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, *arguments, *small], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "comparison.png").is_file()
+
+
+def test_the_measured_table_is_that_of_the_rows():
+    assert with_tables(README) == README
