@@ -310,7 +310,6 @@ def test_bandwidth_must_be_positive(bandwidth):
 
 @pytest.mark.parametrize(("degree", "offset"), [(0, 1.0), (-2, 1.0), (2, -0.5), (2.5, 1.0)])
 def test_polynomial_must_be_positive_semidefinite(degree, offset):
-    with pytest.raises(
-        ValueError, match=rf"degree must be a whole number of at least 1 and offset at least 0, got {degree} and {offset}"
-    ):
+    rule = "degree must be a whole number of at least 1 and offset at least 0"
+    with pytest.raises(ValueError, match=rf"{rule}, got {degree} and {offset}"):
         gram_matrix(torch.ones(3, 2), "polynomial", degree=degree, offset=offset)
