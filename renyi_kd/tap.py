@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 from renyi_kd.capture import Capture
 from renyi_kd.families import FAMILIES, Family, find_decoders
 from renyi_kd.features import SAMFeatures
+from renyi_kd.places import Place, modules_at, taken
+from renyi_kd.running import differ, evaluating, forward_parameters, run_model
 
-Place = str | tuple[str, Callable[[Any], Tensor]]
 Call = Callable[[nn.Module, Any], Any]
 
 # Seven clicks on each of eight frames are 64 calls; far more than that is a forgotten loss, and holds its graph.
@@ -35,7 +34,7 @@ def tap(
 ) -> Tap:
     """Attach to a model so that the loss can read its image features and mask tokens.
 
-    The mask decoder is found by its structure, through DDP, FSDP, compile, peft and checkpoint wrappers, and read
+    The mask decoder is found by its structure, inside DDP, torch.compile and peft, and read
     where no token index is needed: the image features are the decoder's ``image_embeddings`` argument, mask token i
     is the input of hypernetwork MLP i. For any other model name both places.
 
@@ -150,7 +149,7 @@ class Tap:
             if batch is None:
                 raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
             self._run(batch)
-        elif batch is not None and any(_differ(batch, known) for known in self._batches):
+        elif batch is not None and any(differ(batch, known) for known in self._batches):
             count = len(self._batches)
             self.clear()
             raise RuntimeError(
@@ -173,7 +172,7 @@ class Tap:
         self.clear()
         self._observing = True
         try:
-            with torch.no_grad(), _evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 for batch in batches:
                     self._run(batch)
         finally:
@@ -240,21 +239,21 @@ class Tap:
 
     def _attach_to_places(self, image_features: Place, mask_tokens: Place) -> None:
         def add_image(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
-            tap._add_image(_taken("image_features", image_features, output))
+            tap._add_image(taken("image_features", image_features, output))
 
         def add_tokens(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
-            tokens = _taken("mask_tokens", mask_tokens, output)
+            tokens = taken("mask_tokens", mask_tokens, output)
             tokens = tokens[:, None] if tokens.ndim == 2 else tokens.flatten(0, -3)
             for number, token in enumerate(tokens.unbind(1)):
                 tap._capture.add_tokens(number, token)
             # What the function took is a tensor of its own; backward runs through the module's.
             tap._end_call(output)
 
-        for module in _modules_at(self.model, "image_features", image_features):
+        for module in modules_at(self.model, "image_features", image_features):
             # A frozen encoder may run without gradient in a step that trains the decoder.
             handle = module.register_forward_hook(_Hook(self, add_image, without_gradient=True), with_kwargs=True)
             self._handles.append(handle)
-        for module in _modules_at(self.model, "mask_tokens", mask_tokens):
+        for module in modules_at(self.model, "mask_tokens", mask_tokens):
             self._hook_after(module, add_tokens)
 
     def _hook_before(self, module: nn.Module, react: Callable[..., None]) -> None:
@@ -285,7 +284,7 @@ class Tap:
         if len(self._capture) == 0:
             self._batches = []
         if not self._running:
-            self._batches.append({**dict(zip(_parameters(self.model), args, strict=False)), **kwargs})
+            self._batches.append({**dict(zip(forward_parameters(self.model), args, strict=False)), **kwargs})
 
     def _end_forward(self, output: Any) -> None:
         self._capture.end_forward()
@@ -301,7 +300,7 @@ class Tap:
             self._batches = []
         self._running = True
         try:
-            output = self._call(self.model, batch) if self._call else _run_model(self.model, batch)
+            output = self._call(self.model, batch) if self._call else run_model(self.model, batch)
         except BaseException:
             self.clear()
             raise
@@ -401,119 +400,5 @@ def _found_decoders(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     return decoders
 
 
-# What wrappers put into the names of modules; peft keeps a trained copy and the original of a module.
-_WRAPPERS = re.compile(
-    r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|modules_to_save\.\w+"
-    r"|original_module)(?=\.)"
-)
-
-
-def _modules_at(model: nn.Module, argument: str, place: Place) -> list[nn.Module]:
-    """Return the modules of a path, whether or not the path or the model has the names of wrappers in it."""
-    path = place if isinstance(place, str) else place[0]
-    if not isinstance(path, str):
-        raise TypeError(
-            f"tap: {argument} must be a path or a pair of a path and a function, got {place!r}; "
-            "a path is a name of model.named_modules()"
-        )
-    modules = [module for name, module in model.named_modules() if _plain(name) == _plain(path)]
-    if not modules:
-        last = path.rpartition(".")[2]
-        near = [name for name, _ in model.named_modules() if last and last in name][:8]
-        raise ValueError(
-            f"tap: {argument} must name a module of the model, got {path!r}; "
-            f"{'near it are ' + ', '.join(near) if near else 'its names are those of model.named_modules()'}"
-        )
-    return modules
-
-
-def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", f".{name}.").strip(".")
-
-
-def _taken(argument: str, place: Place, output: Any) -> Tensor:
-    path, take = (place, None) if isinstance(place, str) else place
-    value = output if take is None else take(output)
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"tap: {argument} must be a tensor, got {type(value).__name__} from {path!r}; "
-            f"pick it: tap(model, {argument}=({path!r}, lambda output: ...))"
-        )
-    if argument == "mask_tokens" and value.ndim < 2:
-        raise ValueError(
-            f"tap: mask_tokens must have shape [s, n, d], [s, d] or [b, p, n, d], got {tuple(value.shape)} from "
-            f"{path!r}; reshape it in the function of the place"
-        )
-    return value
-
-
-def _run_model(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        names = _parameters(model)
-        known = {name: value for name, value in batch.items() if name in names}
-        if not known:
-            raise ValueError(
-                f"tap: batch must hold arguments of the model's forward, got the names {sorted(map(str, batch))} where "
-                f"it takes {sorted(names)}; rename them, or pass tap(model, call=lambda model, batch: ...)"
-            )
-        return model(**known)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, tuple | list) and batch:
-        if all(isinstance(item, Mapping) for item in batch):
-            multimask = _parameters(model).get("multimask_output")
-            required = multimask is not None and multimask.default is inspect.Parameter.empty
-            return model(list(batch), multimask_output=False) if required else model(list(batch))
-        return model(*batch)
-    raise TypeError(
-        f"tap: batch must be a mapping, a tensor, a tuple, or a list of dicts, got {type(batch).__name__}; "
-        "for anything else pass tap(model, call=lambda model, batch: ...)"
-    )
-
-
-def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """Return the named parameters of the forward, of the wrapped model where a wrapper only passes all through."""
-    for module in model.modules():
-        named = {
-            name: parameter
-            for name, parameter in inspect.signature(module.forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        }
-        if named:
-            return named
-    return {}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch the model to eval mode and every module back to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    if any(training for _, training in modes):
-        model.eval()
-    try:
-        yield
-    finally:
-        # train() reaches the children too, and parents come first in modules().
-        for module, training in modes:
-            if module.training != training:
-                module.train(training)
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-
-
-def _differ(a: Any, b: Any) -> bool:
-    """Return whether two batches have something in common that shows them to be different ones.
-
-    Tensors are compared by their memory, not by their values: that would wait for the device.
-    """
-    if a is b:
-        return False
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.device == b.device and (a.shape != b.shape or a.data_ptr() != b.data_ptr())
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return any(_differ(a[name], b[name]) for name in a.keys() & b.keys())
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
-    return isinstance(a, int | float | str) and isinstance(b, int | float | str) and a != b

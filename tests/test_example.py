@@ -169,14 +169,14 @@ def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
     assert losses("c", "--seed", "1") != losses("a")
 
 
-def test_the_default_model_and_images_ship_with_the_example():
+def test_the_default_model_and_images_ship_with_the_example(tmp_path):
     sam = models.load_sam("mini", None, None)
     train = data.InstanceDataset(finetune.NUCLEI, "train", size=sam.image_size)
     test = data.InstanceDataset(finetune.NUCLEI, "test", size=sam.image_size)
     assert len(train) >= 40
     assert len(test) >= 20
     assert train.empty == test.empty == []
-    zero_shot = finetune.evaluate(sam.model, sam, test, finetune.arguments(["--limit", "1"]))
+    zero_shot = finetune.evaluate(sam.model, sam, test, finetune.arguments(["--limit", "1", "--out", str(tmp_path)]))
     assert 0.4 < zero_shot["iou"] < 0.9
     listed = {path.name for pair in [*train.pairs, *test.pairs] for path in pair}
     assert listed == {path.name for path in finetune.NUCLEI.glob("*/*")}
