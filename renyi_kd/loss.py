@@ -78,7 +78,8 @@ def infosam_terms(
         ValueError: shapes, devices or indices do not fit, there are fewer than two samples, nothing of the student
             requires grad (while gradients are on), or, under ``check_finite``, a feature is not finite.
 
-    Cost: two reads of each map and one write; see ``kernels``. Extra memory is O(s n h w), nothing of a map's size.
+    Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
+    blocks, nothing of a map's size but the gradient.
 
     Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920).
 

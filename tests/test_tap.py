@@ -695,7 +695,7 @@ def test_a_taken_capture_is_freed_with_the_loss():
 @pytest.mark.parametrize("make", [hf_sam, meta_sam], ids=["hf", "meta"])
 def test_memory_does_not_grow_over_a_thousand_steps(make):
     call, batch = (meta_forward, meta_batch()) if make is meta_sam else (None, hf_batch())
-    # The encoder runs once: a thousand steps are about the captures, the graph of the decoder and the loss.
+    # The encoder runs but is frozen: what could pile up are captures, the decoder's graph and the loss.
     models = [make(seed).requires_grad_(False) for seed in range(2)]
     models[1].mask_decoder.requires_grad_(True)
     (teacher, student), loss = (tap(model, call=call) for model in models), InfoSAMLoss(DIM)
