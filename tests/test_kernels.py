@@ -37,15 +37,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 IMAGES = {"none": None, "sorted": [0, 0, 1, 1, 1, 2], "unsorted": [2, 0, 2, 1, 0], "gaps": [2, 2, 2], "one": [1]}
 
 
-@pytest.fixture(params=["real blocks", "small blocks"])
+@pytest.fixture(params=[None, 500, 250, 100], ids=["real blocks", "500", "250", "100"])
 def blocks(request, monkeypatch):
-    if request.param == "small blocks":
-        small_blocks(monkeypatch)
+    if request.param:
+        small_blocks(monkeypatch, request.param)
 
 
-def small_blocks(monkeypatch) -> None:
-    """Make several blocks of a small map: some channels of all pixels, or all channels of some pixels."""
-    monkeypatch.setattr(relation_scores_reference, "_BLOCK_ELEMENTS", 500)
+def small_blocks(monkeypatch, elements: int = 500) -> None:
+    """Make several blocks of a small map: some channels of all pixels, all channels of some pixels, or some images."""
+    monkeypatch.setattr(relation_scores_reference, "_BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(batch_gram_reference, "_BLOCK_ELEMENTS", 48)
 
 
@@ -319,7 +319,7 @@ def test_nan_and_inf_stay_in_their_pixel_and_are_never_a_number(bad, blocks):
 
 # batch_gram.
 
-ROWS = [(1, 1), (2, 5), (4, 3, 7), (3, 11, 6, 5), (5, 2, 3, 4, 2)]
+ROWS = [(1, 1), (2, 5), (4, 3, 7), (3, 11, 6, 5), (5, 2, 3, 4, 2), (12, 9), (13, 3, 7), (25, 2, 5)]
 
 
 def check_gram(rows: Tensor) -> Tensor:

@@ -113,7 +113,12 @@ class _RelationScores(torch.autograd.Function):
         with torch.autocast(image_features.device.type, enabled=False):
             weights = grad_scores * rstd
             slope = (weights * scores).sum(1, keepdim=True).mul_(rstd).div_(-n_channels)
-            shift = slope * -mean
+            # b_p x_p, and -b_p mean_p as the weight of one more direction, of ones.
+            left = torch.cat([directions, torch.ones_like(directions[:, :1])], 1)
+            right = torch.cat([weights, slope * -mean], 1)
+            # What is the faster way to add both depends on what lies side by side: addcmul has no fast path for two
+            # operands that do not vary along it, and a product with one row is the quicker as a sum of products.
+            channels_last = image_features.stride(1) == 1
             for part, x in _parts(image_features, directions.dtype):
                 if grad_directions is not None:
                     grad_directions.baddbmm_(weights[:, :, part], x.mT)
@@ -122,14 +127,16 @@ class _RelationScores(torch.autograd.Function):
                 target = grad_features.flatten(2)[:, :, part]
                 in_place = target.dtype == x.dtype
                 gradient = target if in_place else torch.empty_like(x)
-                by_pixel = slope[:, :, part], shift[:, :, part], weights[:, :, part]
-                for block, out, left, a, b, right in _blocks((x, gradient), (directions,), by_pixel):
-                    torch.addcmul(b, block, a, out=out)
-                    # A product with one row is a sum of products: half the time of a matrix product.
-                    if left.shape[1] == 1:
-                        out.addcmul_(left.mT, right)
+                by_pixel = slope[:, :, part], right[:, :, part]
+                for block, out, vectors, a, by_vector in _blocks((x, gradient), (left,), by_pixel):
+                    if channels_last:
+                        torch.mul(block, a, out=out).baddbmm_(vectors.mT, by_vector)
+                        continue
+                    torch.addcmul(by_vector[:, -1:], block, a, out=out)
+                    if vectors.shape[1] == 2:
+                        out.addcmul_(vectors[:, :1].mT, by_vector[:, :1])
                     else:
-                        out.baddbmm_(left.mT, right)
+                        out.baddbmm_(vectors[:, :-1].mT, by_vector[:, :-1])
                 if not in_place:
                     target.copy_(gradient)
         return grad_features, grad_directions, None
@@ -165,24 +172,28 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the blocks of ``[b, d, pixels]`` maps, with those of tensors ``[b, k, d]`` and ``[b, k, pixels]``.
 
-    A block is a range of channels, or of pixels where the channels of a pixel lie side by side.
+    A block is a range of channels; where the channels of a pixel lie side by side, it is a range of the pixels of one
+    image, or a few small images.
     """
     n_images, n_channels, n_pixels = maps[0].shape
-    if maps[0].stride(1) == 1:
-        step = max(1, _BLOCK_ELEMENTS // (n_images * n_channels))
-        split = [
-            *(torch.split(m, step, 2) for m in maps),
-            *map(itertools.repeat, by_channel),
-            *(torch.split(p, step, 2) for p in by_pixel),
-        ]
-    else:
+    if maps[0].stride(1) != 1:
         step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
-        split = [
-            *(torch.split(m, step, 1) for m in maps),
-            *(torch.split(c, step, 2) for c in by_channel),
+        yield from zip(
+            *(m.split(step, 1) for m in maps),
+            *(c.split(step, 2) for c in by_channel),
             *map(itertools.repeat, by_pixel),
-        ]
-    return zip(*split, strict=False)
+            strict=False,
+        )
+        return
+    n_together, step = max(1, _BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, _BLOCK_ELEMENTS // n_channels)
+    for group in zip(*(tensor.split(n_together) for tensor in (*maps, *by_channel, *by_pixel)), strict=True):
+        first, last = len(maps), len(maps) + len(by_channel)
+        yield from zip(
+            *(m.split(step, 2) for m in group[:first]),
+            *map(itertools.repeat, group[first:last]),
+            *(p.split(step, 2) for p in group[last:]),
+            strict=False,
+        )
 
 
 def _empty_gradient(image_features: Tensor) -> Tensor:
