@@ -179,19 +179,19 @@ def _blocks(
     if maps[0].stride(1) != 1:
         step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
         yield from zip(
-            *(m.split(step, 1) for m in maps),
-            *(c.split(step, 2) for c in by_channel),
+            *(torch.split(m, step, 1) for m in maps),
+            *(torch.split(c, step, 2) for c in by_channel),
             *map(itertools.repeat, by_pixel),
             strict=False,
         )
         return
     n_together, step = max(1, _BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, _BLOCK_ELEMENTS // n_channels)
-    for group in zip(*(tensor.split(n_together) for tensor in (*maps, *by_channel, *by_pixel)), strict=True):
+    for group in zip(*(torch.split(tensor, n_together) for tensor in (*maps, *by_channel, *by_pixel)), strict=True):
         first, last = len(maps), len(maps) + len(by_channel)
         yield from zip(
-            *(m.split(step, 2) for m in group[:first]),
+            *(torch.split(m, step, 2) for m in group[:first]),
             *map(itertools.repeat, group[first:last]),
-            *(p.split(step, 2) for p in group[last:]),
+            *(torch.split(p, step, 2) for p in group[last:]),
             strict=False,
         )
 
