@@ -4,6 +4,7 @@ from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
 from renyi_kd.features import SAMFeatures
 from renyi_kd.gram import gram_matrix
+from renyi_kd.kernels.dispatch import Implementation, implementation
 from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap, tap
@@ -11,6 +12,7 @@ from renyi_kd.tap import Tap, tap
 __version__ = "0.1.0"
 
 __all__ = [
+    "Implementation",
     "InfoSAMLoss",
     "InfoSAMTerms",
     "RelationDiagnostics",
@@ -19,6 +21,7 @@ __all__ = [
     "Tap",
     "conditional_entropy",
     "gram_matrix",
+    "implementation",
     "infosam_terms",
     "joint_entropy",
     "mutual_information",

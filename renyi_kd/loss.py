@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
-from renyi_kd.gram import unit_diagonal
 from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.dispatch import Impl, resolve
-from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_grams
+from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
 
@@ -97,8 +96,18 @@ def infosam_terms(
     _check_weights("infosam_terms", lambda_r, lambda_d)
     check_features("infosam_terms", "teacher", teacher)
     check_features("infosam_terms", "student", student)
-    grams = _grams(relation, teacher, student, check_finite, impl)
-    return _weigh(grams, lambda_r, lambda_d, alpha, detach_teacher_relation, impl)
+    terms, _ = _relation_terms(
+        relation,
+        teacher,
+        student,
+        lambda_r=lambda_r,
+        lambda_d=lambda_d,
+        alpha=alpha,
+        detach_teacher_relation=detach_teacher_relation,
+        check_finite=check_finite,
+        impl=impl,
+    )
+    return terms
 
 
 class InfoSAMLoss(nn.Module):
@@ -199,15 +208,18 @@ class InfoSAMLoss(nn.Module):
         # The student first: what it has collected may be stale, and a teacher's forward is dear.
         student_features = student.take(batch) if isinstance(student, Tap) else student
         teacher_features = teacher.observe(*batches) if isinstance(teacher, Tap) else teacher
-        grams = _grams(
+        terms, self._relation_grams = _relation_terms(
             self.relation,
             _with_token("teacher", teacher_features, self.token),
             _with_token("student", student_features, self.token),
-            self.check_finite,
-            self.impl,
+            lambda_r=self.lambda_r,
+            lambda_d=self.lambda_d,
+            alpha=self.alpha,
+            detach_teacher_relation=self.detach_teacher_relation,
+            check_finite=self.check_finite,
+            impl=self.impl,
         )
-        self._relation_grams = (grams.teacher.detach(), grams.student.detach())
-        return _weigh(grams, self.lambda_r, self.lambda_d, self.alpha, self.detach_teacher_relation, self.impl)
+        return terms
 
     def _refuse_shared_weights(self, teacher: Tap, student: Tap) -> None:
         if self._known_pair == (id(teacher), id(student)):
@@ -241,19 +253,19 @@ class InfoSAMLoss(nn.Module):
         return f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, token={self.token!r}"
 
 
-class _Grams(NamedTuple):
-    """Gram matrices of one step, each ``[s, s]`` in fp64 with unit diagonal, and the dtype of the loss."""
-
-    dtype: torch.dtype
-    image: Tensor
-    token: Tensor
-    teacher: Tensor
-    student: Tensor
-
-
-def _grams(
-    relation: RelationModule, teacher: SAMFeatures, student: SAMFeatures, check_finite: bool, impl: Impl
-) -> _Grams:
+def _relation_terms(
+    relation: RelationModule,
+    teacher: SAMFeatures,
+    student: SAMFeatures,
+    *,
+    lambda_r: float,
+    lambda_d: float,
+    alpha: float,
+    detach_teacher_relation: bool,
+    check_finite: bool,
+    impl: Impl,
+) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
+    """Return the loss with its terms, and the Grams of both relations."""
     images = _common_images(teacher, student)
     if check_finite:
         _check_finite(teacher, student)
@@ -271,30 +283,18 @@ def _grams(
     if images is not None:
         index = torch.tensor(images, device=image_gram.device)
         image_gram = image_gram[index[:, None], index]
-    grams = [
+    terms = terms_of_relations(
         image_gram,
         batch_gram(teacher_tokens, impl=impl),
-        # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
-        batch_gram(teacher_scores.double(), impl=impl),
-        batch_gram(student_scores.double(), impl=impl),
-    ]
-    return _Grams(dtype, *unit_diagonal(torch.stack(grams)).unbind())
-
-
-def _weigh(
-    grams: _Grams, lambda_r: float, lambda_d: float, alpha: float, detach_teacher_relation: bool, impl: Impl
-) -> InfoSAMTerms:
-    compression, distillation = terms_of_grams(
-        grams.image,
-        grams.token,
-        grams.teacher,
-        grams.student,
+        teacher_scores,
+        student_scores,
+        lambda_r=lambda_r,
+        lambda_d=lambda_d,
         alpha=alpha,
         detach_teacher=detach_teacher_relation,
         impl=impl,
     )
-    loss = lambda_r * compression + lambda_d * distillation
-    return InfoSAMTerms(loss.to(grams.dtype), compression.to(grams.dtype), distillation.to(grams.dtype))
+    return InfoSAMTerms(*(term.to(dtype) for term in terms[:3])), (terms.teacher_gram, terms.student_gram)
 
 
 def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:

@@ -92,8 +92,8 @@ class RelationModule(nn.Module):
         impl: Impl = "auto",
     ) -> Tensor:
         """Return the scores ``[s, n, h * w]`` of tokens that :meth:`collapse` has made w and c of."""
-        scores = relation_scores(image_features, directions, images, eps=self.layer_norm_feat.eps, impl=impl)
-        return scores + offsets[..., None]
+        eps = self.layer_norm_feat.eps
+        return relation_scores(image_features, directions, images, offsets=offsets, eps=eps, impl=impl)
 
     def collapse(self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return w ``[s, n, d]`` and c ``[s, n]`` of mask tokens ``[s, n, d]``.

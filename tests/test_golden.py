@@ -21,11 +21,16 @@ with safe_open(FILE, "pt") as _file:
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 
+def load_case(name: str) -> tuple[dict, dict[str, Tensor]]:
+    """Return the settings and tensors of a case."""
+    with safe_open(FILE, "pt") as file:
+        tensors = {k.split("/")[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{name}/")}  # noqa: SIM118
+    return CASES[name], tensors
+
+
 @pytest.fixture(params=CASES)
 def case(request):
-    with safe_open(FILE, "pt") as file:
-        tensors = {k.split("/")[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{request.param}/")}  # noqa: SIM118
-    return CASES[request.param], tensors
+    return load_case(request.param)
 
 
 @pytest.fixture(params=TOLERANCES, ids=str)

@@ -10,5 +10,8 @@ from renyi_kd.kernels.dispatch import Impl, resolve
 
 def batch_gram(rows: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return what :func:`reference.batch_gram` defines, by the implementation that ``impl`` names."""
-    resolve(impl)
+    if resolve(impl, rows) == "triton":
+        from renyi_kd.kernels.batch_gram import triton
+
+        return triton.batch_gram(rows)
     return reference.batch_gram(rows)

@@ -1,4 +1,4 @@
-"""Both terms of the InfoSAM loss from the Gram matrices of a batch."""
+"""Both terms of the InfoSAM loss from the relation maps of a batch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,49 @@ from torch import Tensor
 
 from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.infosam_terms import reference
+from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+
+# A row of each Gram must fit in the registers of one program.
+MAX_SAMPLES = 256
 
 
 def infosam_terms(
     image_gram: Tensor,
     token_gram: Tensor,
-    teacher_gram: Tensor,
-    student_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
     *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
     alpha: float = 2.0,
     detach_teacher: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> RelationTerms:
     """Return what :func:`reference.infosam_terms` defines, by the implementation that ``impl`` names."""
-    resolve(impl)
+    limits = []
+    if alpha != 2:
+        limits.append(f"alpha = {alpha} (the kernels know the closed form of 2)")
+    if len(teacher_scores) > MAX_SAMPLES:
+        limits.append(f"{len(teacher_scores)} samples (the kernels take at most {MAX_SAMPLES})")
+    if resolve(impl, teacher_scores, student_scores, limits=limits) == "triton":
+        from renyi_kd.kernels.infosam_terms import triton
+
+        return triton.infosam_terms(
+            image_gram,
+            token_gram,
+            teacher_scores,
+            student_scores,
+            lambda_r=lambda_r,
+            lambda_d=lambda_d,
+            detach_teacher=detach_teacher,
+        )
     return reference.infosam_terms(
-        image_gram, token_gram, teacher_gram, student_gram, alpha=alpha, detach_teacher=detach_teacher
+        image_gram,
+        token_gram,
+        teacher_scores,
+        student_scores,
+        lambda_r=lambda_r,
+        lambda_d=lambda_d,
+        alpha=alpha,
+        detach_teacher=detach_teacher,
     )

@@ -2,50 +2,83 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from renyi_kd.entropy import renyi_entropy
+from renyi_kd.gram import unit_diagonal
+from renyi_kd.kernels.batch_gram.reference import batch_gram
+
+
+class RelationTerms(NamedTuple):
+    """What a step's relations come to.
+
+    Attributes:
+        loss: ``lambda_r * compression + lambda_d * distillation``, ``[]`` in bits, as the terms.
+        compression: L_r.
+        distillation: L_d.
+        teacher_gram: ``[s, s]`` in fp64 with unit diagonal: cosines of the teacher's relation maps; no gradient.
+        student_gram: likewise of the student.
+
+    """
+
+    loss: Tensor
+    compression: Tensor
+    distillation: Tensor
+    teacher_gram: Tensor
+    student_gram: Tensor
 
 
 def infosam_terms(
     image_gram: Tensor,
     token_gram: Tensor,
-    teacher_gram: Tensor,
-    student_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
     *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
     alpha: float = 2.0,
     detach_teacher: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the compression term L_r and the distillation term L_d, in bits.
+) -> RelationTerms:
+    """Return the compression term L_r, the distillation term L_d and their weighted sum, in bits.
 
+    With the Grams of image features Z_I, mask tokens Z_M and relation maps R, each scaled to a unit diagonal:
     ``L_r = S(R_T) - S(Z_I, Z_M, R_T)``: what the teacher's relation says of its inputs, less S(Z_I, Z_M), which does
     not depend on the relation; ``L_d = -I(R_T; R_S)``. For n samples ``-log2 n <= L_r <= 0`` and
     ``L_d >= -min(S(R_T), S(R_S))``. L_d is not smallest where the student equals the teacher, but where the
     student's relations are orthogonal to each other.
 
     Args:
-        image_gram: ``[s, s]`` of the teacher's image features; fp64, unit diagonal, as all four.
-        token_gram: ``[s, s]`` of the teacher's mask tokens.
-        teacher_gram: ``[s, s]`` of the teacher's relation maps.
-        student_gram: ``[s, s]`` of the student's relation maps.
+        image_gram: ``[s, s]`` in fp64: inner products of the teacher's image features.
+        token_gram: ``[s, s]`` in fp64: of the teacher's mask tokens.
+        teacher_scores: ``[s, ...]``: the teacher's relation maps, in any scale.
+        student_scores: the student's, of the same shape.
+        lambda_r: weight of L_r.
+        lambda_d: weight of L_d.
         alpha: order of the entropies, in (0, inf].
         detach_teacher: whether L_d takes the teacher's Gram as a constant.
 
     Returns:
-        ``(compression, distillation)``, each ``[]`` in fp64. Differentiable.
+        :class:`RelationTerms`, the loss and terms in the dtype of the scores. First derivatives for the scores.
 
-    Cost: O(s^2) at alpha = 2, O(s^3) elsewhere.
+    Cost: O(s^2) products of score maps in fp64; then O(s^2) at alpha = 2, O(s^3) elsewhere.
 
     Source: Zhang et al., InfoSAM, ICML 2025: the compression loss L_r and the distillation loss L_d.
 
     """
-    target = teacher_gram.detach() if detach_teacher else teacher_gram
+    # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
+    relation_grams = batch_gram(teacher_scores.double()), batch_gram(student_scores.double())
+    image, token, teacher, student = unit_diagonal(torch.stack([image_gram, token_gram, *relation_grams])).unbind()
+    target = teacher.detach() if detach_teacher else teacher
     # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
-    teacher, joint, fixed, student, both = renyi_entropy(
-        torch.stack(
-            [teacher_gram, image_gram * token_gram * teacher_gram, target, student_gram, target * student_gram]
-        ),
-        alpha,
+    marginal, joint, fixed, of_student, both = renyi_entropy(
+        torch.stack([teacher, image * token * teacher, target, student, target * student]), alpha
     )
-    return teacher - joint, both - fixed - student
+    compression, distillation = marginal - joint, both - fixed - of_student
+    loss = lambda_r * compression + lambda_d * distillation
+    dtype = teacher_scores.dtype
+    return RelationTerms(
+        loss.to(dtype), compression.to(dtype), distillation.to(dtype), teacher.detach(), student.detach()
+    )

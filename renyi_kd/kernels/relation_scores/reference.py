@@ -20,7 +20,7 @@ Any float dtype (sums in fp32, in fp64 for fp64), any strides, any sizes >= 1. F
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,41 +30,29 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**18
 
 
-def relation_scores(
-    image_features: Tensor, directions: Tensor, image_index: Sequence[int] | None = None, *, eps: float = 1e-5
-) -> Tensor:
+def relation_scores(image_features: Tensor, directions: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Return the score of every pixel along every direction of its image.
 
     Args:
         image_features: ``[b, d, h, w]``, floating point, any strides.
-        directions: ``[s, n, d]``: w, one per sample and token; fp32, or fp64 for fp64 features.
-        image_index: the image of each of the s samples; None when sample i belongs to image i.
+        directions: ``[b, m, d]``: w, m of them per image; fp32, or fp64 for fp64 features.
         eps: added to the variance.
 
     Returns:
-        ``[s, n, h * w]`` in the dtype of ``directions``. First derivatives for both tensors.
+        ``[b, m, h * w]`` in the dtype of ``directions``. First derivatives for both tensors.
 
     Raises:
         NotImplementedError: a second derivative is asked for.
 
-    Cost: four reads and one write of the map for forward and backward, O(b m n h w d) products with m the most samples
-    of one image; no extra memory but two blocks, the scores and two numbers a pixel.
+    Cost: four reads and one write of the map for forward and backward, O(b m h w d) products; no extra memory but two
+    blocks, the scores and two numbers a pixel.
 
     Source: the attention score of InfoSAM (ICML 2025), with the key projection folded into w by associativity.
 
     """
     centred = directions - directions.mean(-1, keepdim=True)
-    if image_index is None:
-        scores: Tensor = _RelationScores.apply(image_features, centred, eps)  # type: ignore[no-untyped-call]
-        return scores
-    # One product for all images: those with fewer samples than others are filled up with directions of zero.
-    n_images, n_tokens = len(image_features), directions.shape[1]
-    places = _places(image_index)
-    n_places = max(place for _, place in places) + 1
-    images, slots = torch.tensor(places, device=directions.device).unbind(1)
-    by_image = centred.new_zeros(n_images, n_places, *centred.shape[1:]).index_put((images, slots), centred)
-    padded: Tensor = _RelationScores.apply(image_features, by_image.flatten(1, 2), eps)  # type: ignore[no-untyped-call]
-    return padded.view(n_images, n_places, n_tokens, -1)[images, slots]
+    scores: Tensor = _RelationScores.apply(image_features, centred, eps)  # type: ignore[no-untyped-call]
+    return scores
 
 
 class _RelationScores(torch.autograd.Function):
@@ -140,16 +128,6 @@ class _RelationScores(torch.autograd.Function):
                 if not in_place:
                     target.copy_(gradient)
         return grad_features, grad_directions, None
-
-
-def _places(image_index: Sequence[int]) -> list[tuple[int, int]]:
-    """Return for every sample its image and its number among the samples of that image."""
-    counts: dict[int, int] = {}
-    places = []
-    for image in image_index:
-        places.append((image, counts.get(image, 0)))
-        counts[image] = places[-1][1] + 1
-    return places
 
 
 def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

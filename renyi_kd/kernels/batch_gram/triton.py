@@ -1,0 +1,157 @@
+r"""Inner products of few, very long rows in one read, and their gradient in one read and one write.
+
+    G_ij = sum_k x_ik x_jk        dx_i = sum_j (dG_ij + dG_ji) x_j
+
+Two stages: every program multiplies a stretch of all rows with itself and writes one matrix of partial sums in fp32;
+these are summed in fp64. No atomics, so results repeat bit for bit. Extra memory: the partial sums, at most about
+``_PROGRAMS`` s x s matrices.
+
+fp16, bf16 and fp32; rows that are dense in any order of their dimensions are read as they lie, others are copied.
+First derivatives only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Not measured on a GPU yet.
+BLOCK_K = 64
+BACKWARD_BLOCKS = {"BLOCK_S": 16, "BLOCK_K": 128}
+NUM_WARPS = 4
+_PROGRAMS = 512
+
+
+@triton.jit
+def _batch_gram_fwd_kernel(
+    x_ptr, partial_ptr, n_rows, n_columns, n_steps, x_stride_s,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the products of two blocks of rows over n_steps blocks of columns."""
+    split = tl.program_id(0).to(tl.int64)
+    n_blocks = tl.cdiv(n_rows, BLOCK_S)
+    rows = (tl.program_id(1) // n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    others = (tl.program_id(1) % n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    products = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
+    for step in range(n_steps):
+        columns = (split * n_steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_k = columns < n_columns
+        left = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * x_stride_s + columns[None, :],
+            mask=(rows < n_rows)[:, None] & in_k[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            x_ptr + others.to(tl.int64)[None, :] * x_stride_s + columns[:, None],
+            mask=(others < n_rows)[None, :] & in_k[:, None], other=0.0,
+        )  # fmt: skip
+        products = tl.dot(left, right, products, input_precision=PRECISION)
+    tl.store(
+        partial_ptr + (split * n_rows + rows[:, None]) * n_rows + others[None, :], products,
+        mask=(rows < n_rows)[:, None] & (others < n_rows)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _batch_gram_bwd_kernel(
+    x_ptr, grad_gram_ptr, grad_x_ptr, n_rows, n_columns, x_stride_s, grad_stride_s,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a block of rows over one block of columns."""
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = (tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+    in_k = columns < n_columns
+    in_s = rows < n_rows
+    grad = tl.zeros((BLOCK_S, BLOCK_K), tl.float32)
+    for j in range(n_rows):
+        weights = tl.load(grad_gram_ptr + rows * n_rows + j, mask=in_s, other=0.0)
+        weights += tl.load(grad_gram_ptr + j * n_rows + rows, mask=in_s, other=0.0)
+        x = tl.load(x_ptr + tl.cast(j, tl.int64) * x_stride_s + columns, mask=in_k, other=0.0)
+        grad += weights.to(tl.float32)[:, None] * x.to(tl.float32)[None, :]
+    tl.store(
+        grad_x_ptr + rows[:, None] * grad_stride_s + columns[None, :], grad.to(grad_x_ptr.dtype.element_ty),
+        mask=in_s[:, None] & in_k[None, :],
+    )  # fmt: skip
+
+
+def config(n_rows: int) -> dict[str, Any]:
+    """Return the sizes of a tile of rows, and how fp32 is multiplied: exactly enough for fp32, on tensor cores."""
+    block_s = min(64, max(16, triton.next_power_of_2(n_rows)))
+    return {
+        "BLOCK_S": block_s,
+        "BLOCK_K": BLOCK_K if block_s < 64 else BLOCK_K // 2,
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+        "num_warps": NUM_WARPS if block_s < 64 else 2 * NUM_WARPS,
+    }
+
+
+@torch.library.custom_op("renyi_kd::batch_gram", mutates_args=())
+def _forward(rows: Tensor) -> Tensor:
+    n_rows, n_columns = rows.shape
+    settings = config(n_rows)
+    n_blocks = triton.cdiv(n_rows, settings["BLOCK_S"])
+    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), _PROGRAMS)
+    n_splits = triton.cdiv(n_columns, settings["BLOCK_K"] * n_steps)
+    partial = torch.empty(n_splits, n_rows, n_rows, dtype=torch.float32, device=rows.device)
+    with torch.cuda.device_of(rows):
+        _batch_gram_fwd_kernel[(n_splits, n_blocks * n_blocks)](
+            rows, partial, n_rows, n_columns, n_steps, rows.stride(0), **settings
+        )
+    return partial.sum(0, dtype=torch.float64)
+
+
+@_forward.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), len(rows), dtype=torch.float64)
+
+
+@torch.library.custom_op("renyi_kd::batch_gram_backward", mutates_args=())
+def _backward(rows: Tensor, grad_gram: Tensor) -> Tensor:
+    grad_rows = torch.empty_like(rows)
+    n_rows, n_columns = rows.shape
+    grid = triton.cdiv(n_columns, BACKWARD_BLOCKS["BLOCK_K"]), triton.cdiv(n_rows, BACKWARD_BLOCKS["BLOCK_S"])
+    with torch.cuda.device_of(rows):
+        _batch_gram_bwd_kernel[grid](
+            rows, grad_gram, grad_rows, n_rows, n_columns, rows.stride(0), grad_rows.stride(0),
+            **BACKWARD_BLOCKS, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_rows
+
+
+@_backward.register_fake
+def _(rows: Tensor, grad_gram: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad_gram: Tensor) -> Tensor:
+    (rows,) = ctx.saved_tensors
+    grad_rows: Tensor = torch.ops.renyi_kd.batch_gram_backward(rows, grad_gram.contiguous())
+    return grad_rows
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    # See relation_scores: an operator's own formula refuses every second derivative.
+    raise NotImplementedError(
+        "batch_gram: backward must run without create_graph=True, got a request for a second derivative; "
+        "use gram_matrix(features) instead"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse)
+
+
+def batch_gram(rows: Tensor) -> Tensor:
+    """Return what the reference does."""
+    # An inner product does not depend on the order in which both rows are flattened: as they lie, nothing is copied.
+    order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
+    flat = rows.permute(0, *order).flatten(1)
+    gram: Tensor = torch.ops.renyi_kd.batch_gram(flat if flat.stride(1) == 1 else flat.contiguous())
+    return gram

@@ -1,0 +1,338 @@
+r"""Both terms of the loss and the gradient of the relation maps, in fp64, with three launches forward and one backward.
+
+With t, s, a, b the Grams of teacher's and student's relations, image features and mask tokens at unit diagonal, and
+q_t = sum t^2, q_s = sum s^2, q_j = sum (a b t)^2, q_b = sum (t s)^2 over all n^2 entries, at alpha = 2:
+
+    L_r = log2(q_j / q_t)         L_d = log2(q_t q_s / (q_b n^2))
+    dL_r/dt = 2 t (a^2 b^2 / q_j - 1 / q_t) / ln 2
+    dL_d/dt = 2 t (1 / q_t - s^2 / q_b) / ln 2          dL_d/ds = 2 s (1 / q_s - t^2 / q_b) / ln 2
+
+and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, H the gradient above off the diagonal:
+
+    dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
+
+The forward makes partial Grams of stretches of both maps, sums them, and in one program makes terms and the matrices
+2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has r_i = 0. Extra memory: the partial Grams,
+s^2 (L / BLOCK_L) numbers a map, and eight s x s matrices.
+
+Maps in fp16, bf16 or fp32; contiguous; few samples; alpha = 2. First derivatives only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+
+# Elements of a tile of fp64 numbers; not measured on a GPU yet.
+_TILE_ELEMENTS = 2048
+NUM_WARPS = 4
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _relation_grams_kernel(
+    teacher_ptr, student_ptr, partial_ptr, n_samples, n_scores, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write the products of all samples over one stretch of the teacher's or the student's maps."""
+    scores_ptr = teacher_ptr
+    if tl.program_id(1) == 1:
+        scores_ptr = student_ptr
+    samples = tl.arange(0, BLOCK_S).to(tl.int64)
+    places = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    in_s, in_l = samples < n_samples, places < n_scores
+    x = tl.load(
+        scores_ptr + samples[:, None] * n_scores + places[None, :], mask=in_s[:, None] & in_l[None, :], other=0.0
+    ).to(tl.float32).to(tl.float64)  # fmt: skip
+    matrix = (tl.program_id(0) * 2 + tl.program_id(1)).to(tl.int64) * n_samples * n_samples
+    for i in range(n_samples):
+        row = tl.load(scores_ptr + tl.cast(i, tl.int64) * n_scores + places, mask=in_l, other=0.0)
+        row = row.to(tl.float32).to(tl.float64)
+        tl.store(partial_ptr + matrix + i * n_samples + samples, tl.sum(x * row[None, :], 1), mask=in_s)
+
+
+@triton.jit
+def _unit(gram_ptr, rows, columns, inside, n_samples):
+    """Return a block of a Gram with unit diagonal, and the scale of its rows and columns; 0 for a zero sample."""
+    of_rows = tl.load(gram_ptr + rows * (n_samples + 1), mask=rows < n_samples, other=0.0)
+    of_columns = tl.load(gram_ptr + columns * (n_samples + 1), mask=columns < n_samples, other=0.0)
+    row_scale = tl.where(of_rows == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_rows == 0, 1.0, of_rows)))
+    column_scale = tl.where(of_columns == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_columns == 0, 1.0, of_columns)))
+    gram = tl.load(gram_ptr + rows[:, None] * n_samples + columns[None, :], mask=inside, other=0.0)
+    unit = gram * row_scale[:, None] * column_scale[None, :]
+    diagonal = (rows[:, None] == columns[None, :]) & inside
+    # NaN stays: it is not equal to itself.
+    return tl.where(diagonal & (unit == unit), 1.0, unit), row_scale, column_scale
+
+
+@triton.jit
+def _through_unit_diagonal(grad, unit, row_scale, column_scale, diagonal):
+    """Return twice the gradient of the raw Gram from that of the one with unit diagonal."""
+    grad = tl.where(diagonal, 0.0, grad)
+    of_diagonal = -tl.sum(grad * unit, 1) * row_scale * row_scale
+    return 2.0 * tl.where(diagonal, of_diagonal[:, None], grad * row_scale[:, None] * column_scale[None, :])
+
+
+@triton.jit
+def _infosam_terms_fwd_kernel(
+    image_ptr, token_ptr, teacher_ptr, student_ptr,
+    loss_ptr, compression_ptr, distillation_ptr, teacher_unit_ptr, student_unit_ptr, mix_ptr,
+    n_samples, lambda_r, lambda_d,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows."""
+    columns = tl.arange(0, BLOCK_S)
+    in_columns = columns < n_samples
+    of_teacher = tl.zeros((BLOCK_R,), tl.float64)
+    of_student = tl.zeros((BLOCK_R,), tl.float64)
+    of_joint = tl.zeros((BLOCK_R,), tl.float64)
+    of_both = tl.zeros((BLOCK_R,), tl.float64)
+    for block in range(tl.cdiv(n_samples, BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (rows < n_samples)[:, None] & in_columns[None, :]
+        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
+        teacher, _, _ = _unit(teacher_ptr, rows, columns, inside, n_samples)
+        student, _, _ = _unit(student_ptr, rows, columns, inside, n_samples)
+        joint, both = image * token * teacher, teacher * student
+        of_teacher += tl.sum(teacher * teacher, 1)
+        of_student += tl.sum(student * student, 1)
+        of_joint += tl.sum(joint * joint, 1)
+        of_both += tl.sum(both * both, 1)
+    q_teacher, q_student = tl.sum(of_teacher, 0), tl.sum(of_student, 0)
+    q_joint, q_both = tl.sum(of_joint, 0), tl.sum(of_both, 0)
+    compression = tl.log2(q_joint) - tl.log2(q_teacher)
+    distillation = (
+        tl.log2(q_teacher) + tl.log2(q_student) - tl.log2(q_both) - 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
+    )
+    loss = lambda_r * compression + lambda_d * distillation
+    tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    tl.store(compression_ptr, compression.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    tl.store(distillation_ptr, distillation.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    size = n_samples * n_samples
+    for block in range(tl.cdiv(n_samples, BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (rows < n_samples)[:, None] & in_columns[None, :]
+        diagonal = rows[:, None] == columns[None, :]
+        places = rows[:, None] * n_samples + columns[None, :]
+        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
+        teacher, row_scale, column_scale = _unit(teacher_ptr, rows, columns, inside, n_samples)
+        student, student_row_scale, student_column_scale = _unit(student_ptr, rows, columns, inside, n_samples)
+        given = image * token
+        grad = 2.0 / _LN_2 * teacher * (given * given / q_joint - 1.0 / q_teacher)
+        mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
+        tl.store(mix_ptr + places, mix, mask=inside)
+        grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
+        if DETACH:
+            grad = tl.zeros_like(grad)
+        mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
+        tl.store(mix_ptr + size + places, mix, mask=inside)
+        grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
+        mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
+        tl.store(mix_ptr + 2 * size + places, mix, mask=inside)
+        tl.store(teacher_unit_ptr + places, teacher, mask=inside)
+        tl.store(student_unit_ptr + places, student, mask=inside)
+
+
+@triton.jit
+def _infosam_terms_bwd_kernel(
+    teacher_ptr, student_ptr, mix_ptr, grad_loss_ptr, grad_compression_ptr, grad_distillation_ptr,
+    grad_teacher_ptr, grad_student_ptr, n_samples, n_scores, lambda_r, lambda_d,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one stretch of the teacher's or the student's maps."""
+    on_compression = tl.zeros((), tl.float64)
+    on_distillation = tl.zeros((), tl.float64)
+    if grad_loss_ptr is not None:
+        grad_loss = tl.load(grad_loss_ptr).to(tl.float32).to(tl.float64)
+        on_compression += lambda_r * grad_loss
+        on_distillation += lambda_d * grad_loss
+    if grad_compression_ptr is not None:
+        on_compression += tl.load(grad_compression_ptr).to(tl.float32).to(tl.float64)
+    if grad_distillation_ptr is not None:
+        on_distillation += tl.load(grad_distillation_ptr).to(tl.float32).to(tl.float64)
+    of_student = tl.program_id(1) == 1
+    scores_ptr = teacher_ptr
+    grad_ptr = grad_teacher_ptr
+    if of_student:
+        scores_ptr = student_ptr
+        grad_ptr = grad_student_ptr
+    size = n_samples * n_samples
+    samples = tl.arange(0, BLOCK_S).to(tl.int64)
+    places = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    in_s, in_l = samples < n_samples, places < n_scores
+    grad = tl.zeros((BLOCK_S, BLOCK_L), tl.float64)
+    for j in range(n_samples):
+        entries = mix_ptr + samples * n_samples + j
+        if of_student:
+            weights = on_distillation * tl.load(entries + 2 * size, mask=in_s, other=0.0)
+        else:
+            weights = on_compression * tl.load(entries, mask=in_s, other=0.0)
+            weights += on_distillation * tl.load(entries + size, mask=in_s, other=0.0)
+        row = tl.load(scores_ptr + tl.cast(j, tl.int64) * n_scores + places, mask=in_l, other=0.0)
+        grad += weights[:, None] * row.to(tl.float32).to(tl.float64)[None, :]
+    tl.store(
+        grad_ptr + samples[:, None] * n_scores + places[None, :], grad.to(tl.float32).to(grad_ptr.dtype.element_ty),
+        mask=in_s[:, None] & in_l[None, :],
+    )  # fmt: skip
+
+
+def map_blocks(n_samples: int) -> dict[str, int]:
+    """Return the sizes of a tile of relation maps."""
+    block_s = triton.next_power_of_2(n_samples)
+    return {"BLOCK_S": block_s, "BLOCK_L": min(128, max(8, _TILE_ELEMENTS // block_s))}
+
+
+def gram_blocks(n_samples: int) -> dict[str, int]:
+    """Return the sizes of a block of rows of the Grams."""
+    block_s = triton.next_power_of_2(n_samples)
+    return {"BLOCK_R": max(1, min(block_s, _TILE_ELEMENTS // (4 * block_s))), "BLOCK_S": block_s}
+
+
+@torch.library.custom_op("renyi_kd::infosam_terms", mutates_args=())
+def _forward(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by."""
+    n_samples, n_scores = teacher_scores.shape
+    blocks = map_blocks(n_samples)
+    n_stretches = triton.cdiv(n_scores, blocks["BLOCK_L"])
+    partial = image_gram.new_empty(n_stretches, 2, n_samples, n_samples)
+    loss, compression, distillation, teacher_unit, student_unit, mix = _empty_outputs(image_gram, teacher_scores)
+    with torch.cuda.device_of(teacher_scores):
+        _relation_grams_kernel[(n_stretches, 2)](
+            teacher_scores, student_scores, partial, n_samples, n_scores, **blocks, num_warps=NUM_WARPS
+        )
+        teacher_gram, student_gram = partial.sum(0).unbind()
+        _infosam_terms_fwd_kernel[(1,)](
+            image_gram, token_gram, teacher_gram, student_gram,
+            loss, compression, distillation, teacher_unit, student_unit, mix, n_samples, lambda_r, lambda_d,
+            **gram_blocks(n_samples), DETACH=detach_teacher, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return loss, compression, distillation, teacher_unit, student_unit, mix
+
+
+def _empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, compression, distillation = (scores.new_empty(()) for _ in range(3))
+    n_samples = len(gram)
+    return (
+        loss, compression, distillation,
+        torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(3, n_samples, n_samples),
+    )  # fmt: skip
+
+
+@_forward.register_fake
+def _(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(image_gram, teacher_scores)
+
+
+@torch.library.custom_op("renyi_kd::infosam_terms_backward", mutates_args=())
+def _backward(
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    mix: Tensor,
+    grad_loss: Tensor | None,
+    grad_compression: Tensor | None,
+    grad_distillation: Tensor | None,
+    lambda_r: float,
+    lambda_d: float,
+) -> tuple[Tensor, Tensor]:
+    n_samples, n_scores = teacher_scores.shape
+    grad_teacher, grad_student = torch.empty_like(teacher_scores), torch.empty_like(student_scores)
+    blocks = map_blocks(n_samples)
+    with torch.cuda.device_of(teacher_scores):
+        _infosam_terms_bwd_kernel[(triton.cdiv(n_scores, blocks["BLOCK_L"]), 2)](
+            teacher_scores, student_scores, mix, grad_loss, grad_compression, grad_distillation,
+            grad_teacher, grad_student, n_samples, n_scores, lambda_r, lambda_d, **blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_teacher, grad_student
+
+
+@_backward.register_fake
+def _(
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    mix: Tensor,
+    grad_loss: Tensor | None,
+    grad_compression: Tensor | None,
+    grad_distillation: Tensor | None,
+    lambda_r: float,
+    lambda_d: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(teacher_scores), torch.empty_like(student_scores)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, _ = inputs
+    ctx.save_for_backward(teacher_scores, student_scores, output[-1])
+    ctx.mark_non_differentiable(*output[3:])
+    # A term that nobody differentiates costs no launch for its zero.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,
+    grad_loss: Tensor | None,
+    grad_compression: Tensor | None,
+    grad_distillation: Tensor | None,
+    *_: None,
+) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None]:
+    grad_teacher, grad_student = torch.ops.renyi_kd.infosam_terms_backward(
+        *ctx.saved_tensors, grad_loss, grad_compression, grad_distillation, ctx.lambda_r, ctx.lambda_d
+    )
+    return None, None, grad_teacher, grad_student, None, None, None
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    # See relation_scores: an operator's own formula refuses every second derivative.
+    raise NotImplementedError(
+        "infosam_terms: backward must run without create_graph=True, got a request for a second derivative; "
+        "use impl='reference' for the terms"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse)
+
+
+def infosam_terms(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
+    detach_teacher: bool = False,
+) -> RelationTerms:
+    """Return what the reference does at alpha = 2."""
+    *terms, _ = torch.ops.renyi_kd.infosam_terms(
+        image_gram.contiguous(),
+        token_gram.contiguous(),
+        teacher_scores.flatten(1).contiguous(),
+        student_scores.flatten(1).contiguous(),
+        lambda_r,
+        lambda_d,
+        detach_teacher,
+    )
+    return RelationTerms(*terms)

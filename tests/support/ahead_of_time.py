@@ -1,0 +1,180 @@
+"""Compile what the launchers launch, for GPUs that are not there; prints one JSON row per kernel and configuration.
+
+    python -m tests.support.ahead_of_time sm_90
+
+The launches of real calls are recorded in place of being run, so configurations are written down nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from renyi_kd.kernels.batch_gram import triton as batch_gram
+from renyi_kd.kernels.infosam_terms import triton as infosam_terms
+from renyi_kd.kernels.relation_scores import triton as relation_scores
+
+MODULES = (batch_gram, infosam_terms, relation_scores)
+
+
+class Target(NamedTuple):
+    """A GPU to compile for, with the bytes of shared memory that a program can have there."""
+
+    gpu: GPUTarget
+    shared_bytes: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+POINTER = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stand in for a kernel and write down its launches."""
+
+    def __init__(self, kernel: Any, launches: dict[str, tuple]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **keywords: Any) -> None:
+            options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+            values = inspect.signature(self.kernel.fn).bind(*args, **keywords).arguments
+            kinds = {p.name: kind(values[p.name], p.is_constexpr) for p in self.kernel.params}
+            # One of each kind: Triton compiles no more of them either.
+            self.launches[f"{self.kernel.__name__} {kinds} {options}"] = (self.kernel, kinds, options)
+
+        return launch
+
+
+def kind(value: Any, is_constexpr: bool) -> tuple[str, Any, bool]:
+    """Return the type of an argument as Triton specialises it, its value if compiled in, and divisibility by 16."""
+    if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", value, False
+    if isinstance(value, Tensor):
+        return POINTER[value.dtype], None, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", None, False
+    return "i32", None, value % 16 == 0
+
+
+def record() -> dict[str, tuple]:
+    """Return the kernels with the kinds of their arguments, of calls as the loss makes them."""
+    launches: dict[str, tuple] = {}
+    kernels = [
+        mock.patch.object(module, name, Recorder(kernel, launches))
+        for module in MODULES
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    ]
+    for patch in kernels:
+        patch.start()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for channels, height, width in ((256, 64, 64), (100, 7, 9), (1280, 8, 8)):
+                x = torch.empty(2, channels, height, width, dtype=dtype)
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    call_scores(x.contiguous(memory_format=layout))
+            for samples in (2, 16, 64):
+                rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
+                batch_gram.batch_gram(rows).sum().backward()
+        for samples in (2, 4, 16, 64, 256):
+            call_terms(samples)
+    finally:
+        mock.patch.stopall()
+    return launches
+
+
+def call_scores(x: Tensor) -> None:
+    directions = torch.empty(len(x), 1, x.shape[1], requires_grad=True)
+    offsets = torch.empty(len(x), 1, requires_grad=True)
+    # The teacher's map gets no gradient, the student's does.
+    relation_scores.relation_scores(x, directions, offsets).sum().backward()
+    relation_scores.relation_scores(x.detach().requires_grad_(), directions, offsets).sum().backward()
+
+
+def call_terms(samples: int) -> None:
+    gram = torch.empty(samples, samples, dtype=torch.float64)
+    teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
+    for detach in (False, True):
+        terms = infosam_terms.infosam_terms(gram, gram, teacher, student, detach_teacher=detach)
+        terms.loss.backward()
+
+
+def compile_ahead(kernel: Any, kinds: dict[str, tuple], options: dict[str, int], target: GPUTarget) -> Any:
+    """Compile down to the target's machine code."""
+    source = ASTSource(
+        kernel,
+        signature={name: type_ for name, (type_, _, _) in kinds.items()},
+        constexprs={name: value for name, (type_, value, _) in kinds.items() if type_ == "constexpr"},
+        attrs={
+            (index,): [["tt.divisibility", 16]] for index, (_, _, divisible) in enumerate(kinds.values()) if divisible
+        },
+    )
+    return triton.compile(source, target=target, options=options)
+
+
+def spilled(compiled: Any) -> int:
+    """Return how many bytes (NVIDIA) or registers (AMD) a compiled kernel spills."""
+    if "amdgcn" in compiled.asm:
+        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])))
+    ptx = compiled.asm["ptx"]
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        reports = []
+        for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell):
+            command = [tool.path, "-v", f"--gpu-name={architecture}", str(file), "-o", str(file.with_suffix(".cubin"))]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            reports.append(result.stderr)
+            if result.returncode == 0:
+                stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr).groups()
+                return int(stores) + int(loads)
+    raise RuntimeError(f"no ptxas takes {architecture}: {reports}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    target = TARGETS[parser.parse_args().target]
+    # What the launchers ask of the build of PyTorch, answered for the target.
+    with mock.patch.object(torch.version, "hip", "6.0" if target.gpu.backend == "hip" else None):
+        launches = record()
+    for kernel, kinds, options in launches.values():
+        compiled = compile_ahead(kernel, kinds, options, target.gpu)
+        row = {
+            "kernel": kernel.__name__,
+            "constants": {name: value for name, (type_, value, _) in kinds.items() if type_ == "constexpr"},
+            "pointers": sorted({type_ for type_, _, _ in kinds.values() if type_.startswith("*")}),
+            "options": options,
+            "machine_code_bytes": len(compiled.asm.get("cubin", compiled.asm.get("hsaco", b""))),
+            "spilled": spilled(compiled),
+            "shared_bytes": compiled.metadata.shared,
+            "shared_limit": target.shared_bytes,
+        }
+        print(json.dumps(row, default=str), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
+from renyi_kd.kernels import dispatch
+from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
+from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+from renyi_kd.kernels.relation_scores import relation_scores
+from tests.support import gradients, in_training, randn, relation_module, sam_features
+from tests.support.kernels import LAYOUTS, check_gram, check_scores, inputs, value_and_gradients
+from tests.support.tolerance import assert_close_on_scale, assert_within_budget
+from tests.test_golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
+
+batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
+from renyi_kd.kernels.infosam_terms import triton as infosam_terms_triton  # noqa: E402
+from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 in tl.dot.
+DOT_DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+IMAGES = {"none": None, "unsorted": [2, 0, 2, 1, 0], "gaps": [2, 2, 2]}
+
+
+def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(DEVICE) for tensor in tensors)
+
+
+# relation_scores.
+
+FORWARD, BACKWARD = relation_scores_triton.FORWARD_TILE // 256, relation_scores_triton.BACKWARD_TILE // 256
+
+
+@pytest.mark.parametrize(
+    "n_pixels", sorted({1, *(block + delta for block in (FORWARD, BACKWARD) for delta in (-1, 0, 1))})
+)
+@pytest.mark.parametrize("n_channels", [200, 256])
+def test_scores_around_the_edges_of_tiles(n_pixels, n_channels):
+    # The interpreter sums 256 channels one after the other, the textbook in a tree.
+    check_scores(*on_device(*inputs((2, n_channels, 1, n_pixels))), slack=4.0, impl="triton")
+
+
+@pytest.mark.parametrize("n_channels", [3, 31, 32, 33, 100])
+def test_scores_of_ragged_channels(n_channels):
+    check_scores(*on_device(*inputs((2, n_channels, 5, 7))), impl="triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_in_every_layout(layout):
+    x, directions = on_device(*inputs((3, 11, 7, 5)))
+    check_scores(LAYOUTS[layout](x), directions, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last", "gaps"])
+def test_scores_in_every_dtype(dtype, layout):
+    x, directions = on_device(*inputs((3, 37, 6, 5), dtype))
+    check_scores(LAYOUTS[layout](x), directions, impl="triton")
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+def test_scores_of_several_samples_per_image(images):
+    x, directions = on_device(*inputs((3, 11, 6, 5), n_samples=None if images is None else len(images)))
+    check_scores(x, directions, images, impl="triton")
+
+
+@pytest.mark.parametrize("n_programs", [1, 4, 9])
+def test_scores_where_a_program_has_several_tiles(n_programs, monkeypatch):
+    monkeypatch.setattr(relation_scores_triton, "_PROGRAMS", n_programs)
+    # Seven tiles of an image, the last one ragged.
+    check_scores(*on_device(*inputs((2, 256, 1, 6 * BACKWARD + 3))), impl="triton")
+
+
+def test_offsets_are_added_and_get_their_gradient():
+    x, directions = on_device(*inputs((3, 11, 6, 5)))
+    (offsets,) = on_device(randn(3, 2, seed=5))
+
+    def run(impl):
+        return value_and_gradients(
+            lambda *t: relation_scores(t[0], t[1], offsets=t[2], impl=impl), x, directions, offsets
+        )
+
+    for name, actual, expected in zip(("scores", "x", "w", "c"), run("triton"), run("reference"), strict=True):
+        assert_close_on_scale(actual, expected, name=name, rtol=1e-6)
+
+
+def test_dead_pixels_have_the_offset_and_no_gradient():
+    x, directions = on_device(*inputs((2, 32, 4, 4)))
+    x[0, :, 1, 2] = 300.1
+    x[1, :, 3, 3] = 0
+    scores, grad, _ = value_and_gradients(relation_scores, x, directions, impl="triton")
+    assert torch.equal(scores[0, :, 6], torch.zeros_like(scores[0, :, 6]))
+    assert torch.equal(grad[0, :, 1, 2], torch.zeros_like(grad[0, :, 1, 2]))
+    assert torch.equal(grad[1, :, 3, 3], torch.zeros_like(grad[1, :, 3, 3]))
+    assert (grad[0, :, 1, 1] != 0).all()
+
+
+def test_scores_where_the_mean_is_large():
+    x, directions = on_device(*inputs((2, 64, 3, 5)))
+    check_scores(x + 100, directions, slack=4.0, impl="triton")
+
+
+# batch_gram.
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 65])
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+def test_gram_of_any_number_of_rows(n_rows, dtype):
+    check_gram(on_device(0.3 + randn(n_rows, 5, 33, dtype=dtype))[0], impl="triton")
+
+
+@pytest.mark.parametrize("delta", [-1, 0, 1])
+@pytest.mark.parametrize("n_blocks", [1, 3])
+@pytest.mark.parametrize("n_programs", [2, 512])
+def test_gram_around_the_edges_of_blocks(delta, n_blocks, n_programs, monkeypatch):
+    monkeypatch.setattr(batch_gram_triton, "_PROGRAMS", n_programs)
+    check_gram(on_device(randn(3, n_blocks * batch_gram_triton.BLOCK_K + delta))[0], impl="triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_in_every_layout(layout):
+    check_gram(LAYOUTS[layout](on_device(randn(3, 11, 7, 5))[0]), impl="triton")
+
+
+def test_gram_of_large_half_precision_rows():
+    (rows,) = on_device(40000 * randn(3, 100, dtype=torch.float16).sign())
+    assert_close_on_scale(batch_gram(rows, impl="triton"), rows.double() @ rows.double().mT, name="gram", rtol=1e-6)
+
+
+# infosam_terms.
+
+BLOCK_L = infosam_terms_triton.map_blocks(4)["BLOCK_L"]
+SIZES = [(2, 1), (3, BLOCK_L - 1), (4, BLOCK_L), (4, BLOCK_L + 1), (5, 3 * BLOCK_L + 5), (16, 40), (17, 33), (40, 20)]
+
+
+def relations(n_samples: int, n_scores: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Return Grams of images and tokens, and maps of teacher and student of which two are alike in each."""
+    images, tokens = (1 + randn(n_samples, 30, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    teacher = randn(n_samples, n_scores, seed=3) + 0.5
+    student = 0.5 * teacher + randn(n_samples, n_scores, seed=4)
+    if n_samples > 2:
+        teacher[1], student[2] = teacher[0], -student[0]
+    return on_device(images @ images.mT, tokens @ tokens.mT, teacher.to(dtype), student.to(dtype))
+
+
+def terms_and_gradients(impl, arguments, upstream=(-1.7, 0.4, -2.1), **keywords) -> tuple[RelationTerms, list[Tensor]]:
+    image_gram, token_gram, *maps = arguments
+    maps = [scores.detach().requires_grad_() for scores in maps]
+    terms = terms_of_relations(image_gram, token_gram, *maps, impl=impl, **keywords)
+    total = sum(weight * term for weight, term in zip(upstream, terms[:3], strict=True) if weight)
+    return terms, list(torch.autograd.grad(total, maps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_terms_of_relations(size, dtype):
+    arguments = relations(*size, dtype)
+    keywords = {"lambda_r": 1.5, "lambda_d": 0.25}
+    actual, actual_gradients = terms_and_gradients("triton", arguments, **keywords)
+    eager, eager_gradients = terms_and_gradients("reference", arguments, **keywords)
+    exact, exact_gradients = terms_and_gradients("reference", [value.double() for value in arguments], **keywords)
+    for name, a, e, t in zip(RelationTerms._fields, actual, eager, exact, strict=True):
+        assert a.dtype == e.dtype, name
+        if a.dtype == torch.float64:
+            assert_close_on_scale(a, t, name=name, rtol=1e-13)
+        else:
+            # Of one entry alone, the exact L_r can be zero.
+            assert abs(a.item() - t.item()) <= torch.finfo(dtype).eps * max(1.0, abs(t.item())), name
+    if size[1] > 1:
+        for name, a, e, t in zip(
+            ("teacher", "student"), actual_gradients, eager_gradients, exact_gradients, strict=True
+        ):
+            assert_within_budget(a, e, t, name=f"gradient of the {name}'s map")
+
+
+@pytest.mark.parametrize("upstream", [(-1.7, 0, 0), (0, -1.7, 0), (0, 0, -1.7)], ids=["loss", "L_r", "L_d"])
+@pytest.mark.parametrize("detach", [False, True])
+def test_every_term_has_its_own_gradient(upstream, detach):
+    arguments = relations(5, 70)
+    actual = terms_and_gradients("triton", arguments, upstream, detach_teacher=detach)[1]
+    expected = terms_and_gradients("reference", arguments, upstream, detach_teacher=detach)[1]
+    for name, a, e in zip(("teacher", "student"), actual, expected, strict=True):
+        if e.abs().max() == 0:
+            assert torch.equal(a, e), name
+        else:
+            assert_close_on_scale(a, e, name=name, rtol=1e-6)
+
+
+def test_nearly_equal_relations_keep_their_digits():
+    """In fp32 the Gram of maps that differ by 1e-3 is all ones but for six digits; fp64 keeps the gradient's."""
+    base = randn(1, 300, seed=8)
+    maps = [base + 1e-3 * randn(4, 300, seed=seed) for seed in (9, 10)]
+    arguments = (*relations(4, 300)[:2], *on_device(*maps))
+    actual = terms_and_gradients("triton", arguments)[1]
+    exact = terms_and_gradients("reference", [value.double() for value in arguments])[1]
+    for name, a, t in zip(("teacher", "student"), actual, exact, strict=True):
+        assert_close_on_scale(a, t, name=name, rtol=1e-6)
+
+
+def test_a_zero_relation_is_orthogonal_and_gets_no_gradient():
+    arguments = relations(4, 50)
+    arguments[2][1] = 0
+    arguments[3][3] = 0
+    actual, actual_gradients = terms_and_gradients("triton", arguments)
+    expected, expected_gradients = terms_and_gradients("reference", arguments)
+    for a, e in zip((*actual, *actual_gradients), (*expected, *expected_gradients), strict=True):
+        assert_close_on_scale(a, e, name="zero relation", rtol=1e-6)
+    assert torch.equal(actual_gradients[0][1], torch.zeros_like(actual_gradients[0][1]))
+
+
+def test_nan_reaches_the_loss():
+    arguments = relations(4, 50)
+    arguments[3][2, 7] = math.nan
+    terms = terms_of_relations(*arguments, impl="triton")
+    assert terms.loss.isnan()
+    assert terms.distillation.isnan()
+    assert not terms.compression.isnan()
+
+
+# The whole loss.
+
+
+def loss_and_gradients(function, teacher, student, relation, **keywords) -> list[Tensor]:
+    terms = function(relation, teacher, student, **keywords)
+    leaves, parameters = gradients(terms.loss, student, relation)
+    return [*terms, *leaves.values(), *parameters.values()]
+
+
+def setting(dtype=torch.float32, image_index=None):
+    def prepare(features: SAMFeatures) -> SAMFeatures:
+        return features._replace(
+            image_features=features.image_features.to(DEVICE), mask_tokens=features.mask_tokens.to(DEVICE)
+        )
+
+    teacher, student = (sam_features(4, seed=seed, dtype=dtype, image_index=image_index) for seed in (1, 3))
+    return prepare(teacher), in_training(prepare(student)), relation_module().to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("image_index", [None, [0, 1, 0, 2, 2]], ids=str)
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_loss_is_that_of_the_reference(dtype, image_index, detach):
+    arguments = setting(dtype, image_index)
+    keywords = {"lambda_r": 0.7, "lambda_d": 1.5, "detach_teacher_relation": detach}
+    actual = loss_and_gradients(infosam_terms, *arguments, impl="triton", **keywords)
+    expected = loss_and_gradients(infosam_terms, *arguments, impl="reference", **keywords)
+    largest = max(value.abs().max().item() for value in expected[5:])
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype
+        rtol = 4 * torch.finfo(dtype).eps if index in (3, 4) and dtype != torch.float32 else 2e-6
+        assert_close_on_scale(a, e, name=str(index), rtol=rtol, scale=largest if index > 4 else 0.0)
+
+
+@pytest.mark.parametrize("layout", ["channel-last", "channel-first"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_is_that_of_the_official_implementation(name, layout):
+    settings, tensors = load_case(name)
+    tensors = dict(zip(tensors, on_device(*tensors.values()), strict=True))
+
+    def as_map(x: Tensor) -> Tensor:
+        x = x.mT.unsqueeze(-1)
+        return x.contiguous() if layout == "channel-first" else x
+
+    relation = relation_of(tensors, settings["D"]).float().to(DEVICE)
+    teacher, student = (features_of(tensors, who, torch.float32, as_map) for who in ("teacher", "student"))
+    student = in_training(student)
+    weights = {"lambda_r": settings.get("wr", 1.0), "lambda_d": settings.get("wd", 0.5)}
+    terms = infosam_terms(relation, teacher, student, impl="triton", **weights)
+    check_values(terms, tensors, torch.float32)
+    check_gradients(*gradients(terms.loss, student, relation), tensors, torch.float32)
+
+
+def test_other_orders_run_where_they_can():
+    teacher, student, relation = setting()
+    with pytest.raises(RuntimeError, match=r"got alpha = 1\.5 \(the kernels know the closed form of 2\); use impl="):
+        infosam_terms(relation, teacher, student, alpha=1.5, impl="triton")
+    assert infosam_terms(relation, teacher, student, alpha=1.5).loss.isfinite()
+
+
+def test_the_loss_under_torch_compile():
+    teacher, student, relation = setting()
+    compiled = torch.compile(
+        lambda relation, teacher, student: infosam_terms(relation, teacher, student, impl="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    actual = loss_and_gradients(compiled, teacher, student, relation)
+    expected = loss_and_gradients(infosam_terms, teacher, student, relation, impl="triton")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_bit(low):
+    arguments = setting()
+    expected = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    with torch.autocast(DEVICE, low):
+        actual = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_repeated_steps_are_bitwise_equal_and_nothing_is_left_unwritten():
+    """In deterministic mode PyTorch fills what ``empty`` returns with NaN."""
+    arguments = setting()
+    expected = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        actual = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# Operators.
+
+
+def operator_arguments() -> dict[str, tuple]:
+    x, directions = on_device(*inputs((2, 8, 3, 5)))
+    (offsets,) = on_device(randn(2, 2, seed=5))
+    rows = x.flatten(1)
+    image_gram, token_gram, *maps = relations(3, 20)
+    mix = torch.ones(3, 3, 3, dtype=torch.float64, device=DEVICE)
+    leaves = [value.detach().requires_grad_() for value in (x, directions, offsets, rows, *maps)]
+    x, directions, offsets, rows, *maps = leaves
+    return {
+        "relation_scores": (x, directions, offsets, 1e-5),
+        "relation_scores_backward": (x, directions, torch.ones(2, 2, 15, device=DEVICE), 1e-5, True, True),
+        "batch_gram": (rows,),
+        "batch_gram_backward": (rows, torch.ones(2, 2, dtype=torch.float64, device=DEVICE)),
+        "infosam_terms": (image_gram, token_gram, *maps, 1.0, 0.5, False),
+        "infosam_terms_backward": (*maps, mix, torch.ones((), device=DEVICE), None, None, 1.0, 0.5),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in operator_arguments() if not name.endswith("backward")])
+def test_operators_are_well_registered(name):
+    torch.library.opcheck(getattr(torch.ops.renyi_kd, name), operator_arguments()[name])
+
+
+@pytest.mark.parametrize("name", [name for name in operator_arguments() if name.endswith("backward")])
+def test_operators_of_the_backward_are_well_registered(name):
+    # Their only derivative is a refusal, which the whole opcheck would run into.
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.renyi_kd, name), operator_arguments()[name], test_utils=utils)
+
+
+@pytest.mark.parametrize(
+    ("function", "way_out"),
+    [
+        (lambda x, w: relation_scores(x, w, impl="triton"), "differentiate a textbook implementation instead"),
+        (lambda x, _: batch_gram(x, impl="triton"), r"use gram_matrix\(features\) instead"),
+        (
+            lambda x, _: terms_of_relations(*relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, impl="triton").loss,
+            "use impl='reference' for the terms",
+        ),
+    ],
+    ids=["relation_scores", "batch_gram", "infosam_terms"],
+)
+def test_second_derivative_is_refused(function, way_out):
+    x, directions = on_device(*inputs((3, 6, 4, 5)))
+    x.requires_grad_()
+    value = function(x, directions)
+    # A constant upstream gradient needs no graph of its own: the one where a gradient penalty would vanish.
+    (grad,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
+    with pytest.raises(NotImplementedError, match=rf"got a request for a second derivative; {way_out}"):
+        grad.square().sum().backward()
+
+
+# What runs.
+
+
+def test_what_runs_can_be_asked():
+    (x,) = on_device(torch.ones(2))
+    auto = dispatch.implementation(x)
+    assert auto == (("reference", "the tensors are not on a GPU") if INTERPRETED else ("triton", ""))
+    assert dispatch.implementation(x, impl="triton") == ("triton", "")
+    assert dispatch.implementation(x, impl="reference") == ("reference", "impl='reference' asks for it")
+
+
+def test_fp64_is_for_the_reference():
+    (x,) = on_device(torch.ones(2, dtype=torch.float64))
+    with pytest.raises(
+        RuntimeError, match=r"got torch\.float64 \(the kernels take float16, bfloat16 and float32\); use"
+    ):
+        dispatch.resolve("triton", x)
+    assert dispatch.resolve("auto", x) == "reference"
+
+
+def test_an_explicit_choice_does_not_fall_back_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    teacher, student = sam_features(4, seed=1), in_training(sam_features(4, seed=3))
+    loss = InfoSAMLoss(12, impl="triton")
+    with pytest.raises(RuntimeError, match=r"impl='triton' must have what Triton needs, got tensors on cpu; use impl="):
+        loss(teacher, student)
+
+
+@pytest.mark.parametrize("error", [ImportError("no libtriton"), OSError("bad ELF")], ids=repr)
+def test_a_broken_triton_is_named(error, monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("triton"):
+                raise error
+
+    for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(
+        RuntimeError, match=rf"got a Triton that cannot be imported \({type(error).__name__}: {error}\)"
+    ):
+        dispatch.resolve("triton", torch.ones(2))
+    assert dispatch.resolve("auto", torch.ones(2)) == "reference"
+    assert "cannot be imported" in dispatch._obstacle((torch.ones(2),))
+
+
+@pytest.mark.parametrize(
+    ("call", "limit"),
+    [
+        (lambda: relation_scores(torch.ones(1, 8193, 1, 1), torch.ones(1, 1, 8193), impl="triton"), "8193 channels"),
+        (
+            lambda: terms_of_relations(*[torch.eye(257).double()] * 2, *[torch.ones(257, 2)] * 2, impl="triton"),
+            "257 samples",
+        ),
+    ],
+    ids=["channels", "samples"],
+)
+def test_limits_of_the_kernels_are_named(call, limit):
+    with pytest.raises(
+        RuntimeError, match=rf"got {limit} \(the kernels take at most \d+\); use impl='auto', which takes"
+    ):
+        call()
