@@ -6,6 +6,7 @@ from renyi_kd.features import SAMFeatures
 from renyi_kd.gram import gram_matrix
 from renyi_kd.kernels.dispatch import Implementation, implementation
 from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
+from renyi_kd.moments import mutual_information_of, renyi_entropy_of
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap, tap
 
@@ -25,6 +26,8 @@ __all__ = [
     "infosam_terms",
     "joint_entropy",
     "mutual_information",
+    "mutual_information_of",
     "renyi_entropy",
+    "renyi_entropy_of",
     "tap",
 ]

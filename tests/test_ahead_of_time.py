@@ -15,6 +15,8 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 KERNELS = {
     "_batch_gram_bwd_kernel",
     "_batch_gram_fwd_kernel",
+    "_gram_moment_bwd_kernel",
+    "_gram_moment_fwd_kernel",
     "_infosam_terms_bwd_kernel",
     "_infosam_terms_fwd_kernel",
     "_relation_grams_kernel",

@@ -13,6 +13,7 @@ from torch import Tensor
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
 from renyi_kd.kernels import dispatch
 from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
 from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
 from renyi_kd.kernels.infosam_terms.reference import RelationTerms
 from renyi_kd.kernels.relation_scores import relation_scores
@@ -22,6 +23,7 @@ from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 from tests.test_golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
 
 batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
+from renyi_kd.kernels.gram_moment import triton as gram_moment_triton  # noqa: E402
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms_triton  # noqa: E402
 from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
 
@@ -227,6 +229,70 @@ def test_nan_reaches_the_loss():
     assert not terms.compression.isnan()
 
 
+# gram_moment.
+
+BLOCK_N = gram_moment_triton.FORWARD_BLOCKS["BLOCK_N"]
+LINEAR, RBF, POLYNOMIAL = SampleKernel("linear"), SampleKernel("rbf", 1.5), SampleKernel("polynomial", 0.5, 3)
+VARIABLES = {
+    "linear": [LINEAR],
+    "rbf": [RBF],
+    "polynomial": [POLYNOMIAL],
+    "two": [RBF, LINEAR],
+    "four": [LINEAR, RBF, POLYNOMIAL, RBF],
+}
+
+
+def moment_and_gradients(impl, features, kernels) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in features]
+    moment = gram_moment(leaves, kernels, impl=impl)
+    return [moment.detach(), *torch.autograd.grad(moment, leaves, torch.full_like(moment, -1.7))]
+
+
+def check_moment(features, kernels) -> None:
+    actual = moment_and_gradients("triton", features, kernels)
+    eager = moment_and_gradients("reference", features, kernels)
+    exact = moment_and_gradients("reference", [x.double() for x in features], kernels)
+    assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
+    for k, (a, e, t) in enumerate(zip(actual[1:], eager[1:], exact[1:], strict=True)):
+        # Twice more than a matrix product's own: of up to four tiles, each with an error of its own.
+        assert_within_budget(a, e, t, name=f"gradient of variable {k}", slack=4.0)
+
+
+def samples(n_samples: int, n_variables: int, n_features: int = 9, dtype=torch.float32) -> tuple[Tensor, ...]:
+    features = [0.4 + randn(n_samples, n_features + 7 * k, seed=k, dtype=dtype) for k in range(n_variables)]
+    if n_samples > 3:
+        features[0][1] = features[0][0]
+        features[-1][2] = 0
+    return on_device(*features)
+
+
+@pytest.mark.parametrize("n_samples", [2, BLOCK_N - 1, BLOCK_N, BLOCK_N + 1, 2 * BLOCK_N + 5])
+@pytest.mark.parametrize("kernels", VARIABLES.values(), ids=VARIABLES)
+def test_moment_around_the_edges_of_tiles(n_samples, kernels):
+    check_moment(samples(n_samples, len(kernels)), kernels)
+
+
+@pytest.mark.parametrize("n_features", [1, 15, 16, 17, 128, 129])
+def test_moment_of_ragged_features(n_features):
+    check_moment(samples(9, 2, n_features), [RBF, LINEAR])
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+def test_moment_in_every_dtype(dtype):
+    check_moment(samples(40, 3, dtype=dtype), [LINEAR, RBF, POLYNOMIAL])
+
+
+def test_moment_of_strided_features():
+    (x,) = samples(40, 1, 6)
+    wide = torch.full((13, 40), math.nan, device=DEVICE)
+    wide[1::2] = x.T
+    check_moment([wide[1::2].T], [LINEAR])
+
+
+def test_moment_of_one_sample_is_one():
+    assert gram_moment([torch.ones(1, 3, device=DEVICE)], [RBF], impl="triton").item() == 1
+
+
 # The whole loss.
 
 
@@ -341,6 +407,15 @@ def operator_arguments() -> dict[str, tuple]:
         "batch_gram": (rows,),
         "batch_gram_backward": (rows, torch.ones(2, 2, dtype=torch.float64, device=DEVICE)),
         "infosam_terms": (image_gram, token_gram, *maps, 1.0, 0.5, False),
+        "gram_moment": ([rows, rows.detach().clone().requires_grad_()], "linear rbf", [0.0, 1.5], [1, 1]),
+        "gram_moment_backward": (
+            [rows, rows],
+            torch.ones((), dtype=torch.float64, device=DEVICE),
+            "linear rbf",
+            [0.0, 1.5],
+            [1, 1],
+            1,
+        ),
         "infosam_terms_backward": (*maps, mix, torch.ones((), device=DEVICE), None, None, 1.0, 0.5),
     }
 
@@ -363,11 +438,15 @@ def test_operators_of_the_backward_are_well_registered(name):
         (lambda x, w: relation_scores(x, w, impl="triton"), "differentiate a textbook implementation instead"),
         (lambda x, _: batch_gram(x, impl="triton"), r"use gram_matrix\(features\) instead"),
         (
+            lambda x, _: gram_moment([x.flatten(1)], [RBF], impl="triton"),
+            r"use renyi_entropy\(gram_matrix\(features\)\)",
+        ),
+        (
             lambda x, _: terms_of_relations(*relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, impl="triton").loss,
             "use impl='reference' for the terms",
         ),
     ],
-    ids=["relation_scores", "batch_gram", "infosam_terms"],
+    ids=["relation_scores", "batch_gram", "gram_moment", "infosam_terms"],
 )
 def test_second_derivative_is_refused(function, way_out):
     x, directions = on_device(*inputs((3, 6, 4, 5)))
@@ -433,8 +512,9 @@ def test_a_broken_triton_is_named(error, monkeypatch):
             lambda: terms_of_relations(*[torch.eye(257).double()] * 2, *[torch.ones(257, 2)] * 2, impl="triton"),
             "257 samples",
         ),
+        (lambda: gram_moment([torch.ones(2, 2)] * 5, [LINEAR] * 5, impl="triton"), "5 variables"),
     ],
-    ids=["channels", "samples"],
+    ids=["channels", "samples", "variables"],
 )
 def test_limits_of_the_kernels_are_named(call, limit):
     with pytest.raises(

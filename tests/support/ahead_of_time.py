@@ -25,10 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from renyi_kd.kernels.batch_gram import triton as batch_gram
+from renyi_kd.kernels.gram_moment import triton as gram_moment
+from renyi_kd.kernels.gram_moment.reference import SampleKernel
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
 from renyi_kd.kernels.relation_scores import triton as relation_scores
 
-MODULES = (batch_gram, infosam_terms, relation_scores)
+MODULES = (batch_gram, gram_moment, infosam_terms, relation_scores)
 
 
 class Target(NamedTuple):
@@ -60,22 +62,42 @@ class Recorder:
         def launch(*args: Any, **keywords: Any) -> None:
             options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
             values = inspect.signature(self.kernel.fn).bind(*args, **keywords).arguments
-            kinds = {p.name: kind(values[p.name], p.is_constexpr) for p in self.kernel.params}
+            arguments = Arguments({}, {}, [])
+            for index, parameter in enumerate(self.kernel.params):
+                value = values[parameter.name]
+                arguments.types[parameter.name] = arguments.add((index,), value, parameter.is_constexpr)
             # One of each kind: Triton compiles no more of them either.
-            self.launches[f"{self.kernel.__name__} {kinds} {options}"] = (self.kernel, kinds, options)
+            self.launches[f"{self.kernel.__name__} {arguments} {options}"] = (self.kernel, arguments, options)
 
         return launch
 
 
-def kind(value: Any, is_constexpr: bool) -> tuple[str, Any, bool]:
-    """Return the type of an argument as Triton specialises it, its value if compiled in, and divisibility by 16."""
-    if is_constexpr or value is None or (isinstance(value, int) and value == 1):
-        return "constexpr", value, False
-    if isinstance(value, Tensor):
-        return POINTER[value.dtype], None, value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return "fp32", None, False
-    return "i32", None, value % 16 == 0
+class Arguments(NamedTuple):
+    """The arguments of a launch as Triton specialises them.
+
+    Attributes:
+        types: by name; a tuple of types for a tuple.
+        constants: what is compiled in, by its path in the arguments.
+        divisible: the paths of what is divisible by 16.
+
+    """
+
+    types: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    divisible: list[tuple[int, ...]]
+
+    def add(self, path: tuple[int, ...], value: Any, is_constexpr: bool) -> Any:
+        """Note one argument and return its type."""
+        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(self.add((*path, index), item, False) for index, item in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            self.divisible.append(path)
+        return POINTER[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
 def record() -> dict[str, tuple]:
@@ -98,6 +120,7 @@ def record() -> dict[str, tuple]:
             for samples in (2, 16, 64):
                 rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
                 batch_gram.batch_gram(rows).sum().backward()
+            call_moments(dtype)
         for samples in (2, 4, 16, 64, 256):
             call_terms(samples)
     finally:
@@ -121,23 +144,27 @@ def call_terms(samples: int) -> None:
         terms.loss.backward()
 
 
-def compile_ahead(kernel: Any, kinds: dict[str, tuple], options: dict[str, int], target: GPUTarget) -> Any:
+def call_moments(dtype: torch.dtype) -> None:
+    linear, polynomial, rbf = SampleKernel("linear"), SampleKernel("polynomial", 1.0, 2), SampleKernel("rbf", 2.0)
+    for kernels in ([linear], [rbf], [polynomial], [linear] * 3, [linear, rbf, polynomial, rbf]):
+        features = [torch.empty(128, 256, dtype=dtype, requires_grad=True) for _ in kernels]
+        gram_moment.gram_moment(features, kernels).backward()
+
+
+def compile_ahead(kernel: Any, arguments: Arguments, options: dict[str, int], target: GPUTarget) -> Any:
     """Compile down to the target's machine code."""
-    source = ASTSource(
-        kernel,
-        signature={name: type_ for name, (type_, _, _) in kinds.items()},
-        constexprs={name: value for name, (type_, value, _) in kinds.items() if type_ == "constexpr"},
-        attrs={
-            (index,): [["tt.divisibility", 16]] for index, (_, _, divisible) in enumerate(kinds.values()) if divisible
-        },
-    )
+    attributes = {path: [["tt.divisibility", 16]] for path in arguments.divisible}
+    source = ASTSource(kernel, signature=arguments.types, constexprs=arguments.constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 
 def spilled(compiled: Any) -> int:
-    """Return how many bytes (NVIDIA) or registers (AMD) a compiled kernel spills."""
+    """Return how many bytes a compiled kernel spills to memory.
+
+    AMD's scalar registers spill to lanes of vector registers first: only what then does not fit reaches memory.
+    """
     if "amdgcn" in compiled.asm:
-        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])))
+        return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", compiled.asm["amdgcn"])[1])
     ptx = compiled.asm["ptx"]
     architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
@@ -161,12 +188,12 @@ def main() -> None:
     # What the launchers ask of the build of PyTorch, answered for the target.
     with mock.patch.object(torch.version, "hip", "6.0" if target.gpu.backend == "hip" else None):
         launches = record()
-    for kernel, kinds, options in launches.values():
-        compiled = compile_ahead(kernel, kinds, options, target.gpu)
+    for kernel, arguments, options in launches.values():
+        compiled = compile_ahead(kernel, arguments, options, target.gpu)
         row = {
             "kernel": kernel.__name__,
-            "constants": {name: value for name, (type_, value, _) in kinds.items() if type_ == "constexpr"},
-            "pointers": sorted({type_ for type_, _, _ in kinds.values() if type_.startswith("*")}),
+            "types": arguments.types,
+            "constants": {str(path): value for path, value in arguments.constants.items()},
             "options": options,
             "machine_code_bytes": len(compiled.asm.get("cubin", compiled.asm.get("hsaco", b""))),
             "spilled": spilled(compiled),
