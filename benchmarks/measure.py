@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -22,17 +22,18 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def environment() -> dict[str, object]:
+def environment(device: str = "cpu") -> dict[str, object]:
     """Return the columns that describe the machine, the versions and the state of the repository."""
+    on_gpu = device == "cuda"
     return {
-        "device": cpu_name(),
-        "driver": "",
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": metadata.version("triton") if platform.system() == "Linux" else "",
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _run("git", "rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -46,15 +47,20 @@ def cpu_name() -> str:
     return f"{name[1] if name else platform.processor()} {widest}".strip()
 
 
-def interleaved_ms(runs: dict[str, Run], trials: int) -> dict[str, list[float]]:
+def interleaved_ms(runs: dict[str, Run], trials: int, device: str = "cpu") -> dict[str, list[float]]:
     """Return the median milliseconds of every turn; in turns, so that a drift of the machine meets all runs alike.
 
     A turn is a tenth of a second to warm up, as it finds allocator and caches full of what the other run left, and
-    three tenths that count; at least one call and three calls.
+    three tenths that count; at least one call and three calls. On a GPU the device's own clock counts.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(trials):
         for name, run in runs.items():
+            if device == "cuda":
+                from triton.testing import do_bench
+
+                samples[name].append(do_bench(run, warmup=100, rep=300, return_mode="median"))
+                continue
             _calls_ms(run, seconds=0.1, at_least=1)
             samples[name].append(statistics.median(_calls_ms(run, seconds=0.3, at_least=3)))
     return samples
@@ -75,6 +81,32 @@ def percentiles(samples: list[float]) -> dict[str, float]:
     return {"ms_p20": fifths[0], "ms_p50": statistics.median(samples), "ms_p80": fifths[3]}
 
 
+def peak_mib(run: Run, device: str) -> float:
+    """Return the most memory that tensors made by a run hold at one time, the results included."""
+    if device == "cpu":
+        return cpu_peak_mib(run)
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launches(run: Run, device: str) -> int | str:
+    """Return how many kernels and copies a run launches on a GPU; empty on a CPU."""
+    if device == "cpu":
+        return ""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type() == torch.autograd.DeviceType.CUDA for event in profile.profiler.kineto_results.events()
+    )
+
+
 def cpu_peak_mib(run: Run) -> float:
     """Return the most memory that tensors made by a run hold at one time, the results included."""
     run()
@@ -89,13 +121,13 @@ def cpu_peak_mib(run: Run) -> float:
     return peak / 2**20
 
 
-def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def append_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Append rows to a CSV file, whole or not at all."""
     old = path.read_text() if path.is_file() else ""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         file.write(old)
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not old:
             writer.writeheader()
         writer.writerows(
@@ -104,6 +136,6 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
     temporary.replace(path)
 
 
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip()

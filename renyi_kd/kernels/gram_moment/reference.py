@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# 16 MiB in fp32 per matrix of kernel values.
-_BLOCK_ELEMENTS = 2**22
+# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache.
+_BLOCK_ELEMENTS = 2**18
 
 
 class SampleKernel(NamedTuple):
@@ -72,8 +72,9 @@ class _GramMoment(torch.autograd.Function):
             variables = [prepare(x, kernel) for x, kernel in zip(features, kernels, strict=True)]
             moment = torch.full((), n_samples, dtype=torch.float64, device=features[0].device)
             for block in _blocks(n_samples):
-                squares = _off_diagonal_squares(_values(variables, block), block)
-                moment += squares.sum(dtype=torch.float64)
+                # The rest is the same by symmetry.
+                squares = _off_diagonal_squares(_values(variables, block, block.stop), block)
+                moment += squares[:, : block.start].sum(dtype=torch.float64) + squares.sum(dtype=torch.float64)
         return moment
 
     @staticmethod
@@ -89,7 +90,7 @@ class _GramMoment(torch.autograd.Function):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
             grads = [torch.empty_like(x) if need else None for x, need in zip(features, needed, strict=True)]
             for block in _blocks(len(features[0])):
-                values = _values(variables, block)
+                values = _values(variables, block, len(features[0]))
                 row_sums = _off_diagonal_squares(values, block).sum(1, keepdim=True)
                 for k, (variable, grad) in enumerate(zip(variables, grads, strict=True)):
                     if grad is not None:
@@ -119,15 +120,15 @@ class Variable(NamedTuple):
     norms: Tensor
     inverse: Tensor
 
-    def values(self, block: slice) -> Tensor:
-        """Return the kernel between a block of rows and all rows."""
-        products = self.rows[block] @ self.rows.mT
+    def values(self, block: slice, stop: int) -> Tensor:
+        """Return the kernel between a block of rows and the first ``stop`` rows."""
+        products = self.rows[block] @ self.rows[:stop].mT
         name, scale, degree = self.kernel
         if name == "rbf":
-            distances = (self.norms[block, None] + self.norms - 2 * products).clamp_min_(0)
+            distances = (self.norms[block, None] + self.norms[:stop] - 2 * products).clamp_min_(0)
             return distances.mul_(-0.5 / scale**2).exp_()
         values = products if name == "linear" else (products + scale) ** degree
-        return values * self.inverse[block, None] * self.inverse
+        return values * self.inverse[block, None] * self.inverse[:stop]
 
     def slope(self, values: Tensor, block: slice) -> Tensor:
         """Return K dK/d(x_i . x_j), up to the parts that :meth:`self_slope` has."""
@@ -163,8 +164,8 @@ def _blocks(n_samples: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n_samples)) for start in range(0, n_samples, step))
 
 
-def _values(variables: list[Variable], block: slice) -> list[Tensor]:
-    return [variable.values(block) for variable in variables]
+def _values(variables: list[Variable], block: slice, stop: int) -> list[Tensor]:
+    return [variable.values(block, stop) for variable in variables]
 
 
 def _off_diagonal_squares(values: list[Tensor], block: slice) -> Tensor:

@@ -1,0 +1,300 @@
+"""Every operation and the whole loss, forward and forward + backward, by every implementation side by side.
+
+    python -m benchmarks.kernels --out benchmarks/results/kernels_cpu.csv --picture kernels.png
+    python -m benchmarks.kernels --device cuda --dtype float32 bfloat16 --batches 4 16 64 --out kernels_cuda.csv
+
+An implementation whose value or gradient is off is not timed. ``of_copy`` says how near a row comes to what the memory
+allows: the time that a plain copy takes for the same bytes, at the least traffic an operation needs, by its own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, textbook
+from benchmarks.loss import DIM, HEIGHT, WIDTH, make_features
+from renyi_kd import RelationModule, SAMFeatures, implementation, infosam_terms
+from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
+from renyi_kd.kernels.relation_scores import relation_scores
+
+COLUMNS = (
+    "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "n", "variables", "ms_p20", "ms_p50", "ms_p80",
+    "speed_up", "of_copy", "peak_mib", "launches", "trials", "device", "driver", "threads", "torch", "triton", "python",
+    "commit", "dirty", "utc",
+)  # fmt: skip
+PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
+LINEAR = SampleKernel("linear")
+
+
+class Case(NamedTuple):
+    """One operation on one input.
+
+    Attributes:
+        op: its name.
+        sizes: columns that say what it ran on.
+        functions: by provider, functions of ``leaves`` with one value.
+        leaves: what is differentiated; the first is the largest.
+        passes: of the largest leaf through memory, at least, by pass; empty where products bound the operation.
+
+    """
+
+    op: str
+    sizes: dict[str, object]
+    functions: dict[str, Callable[..., Tensor]]
+    leaves: list[Tensor]
+    passes: dict[str, int]
+
+
+def cases(batches: list[int], samples: list[int], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for batch in batches:
+        for layout in ("channels_first", "channels_last"):
+            yield from map_cases(batch, layout, dtype, device)
+    for n in samples:
+        yield moment_case(n, dtype, device)
+
+
+def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    torch.manual_seed(0)
+    relation = RelationModule(DIM).to(device)
+    teacher, student = (
+        SAMFeatures(*(value.to(device) for value in make_features(batch, layout, dtype)[:2])) for _ in range(2)
+    )
+    x, tokens = (value.requires_grad_() for value in student[:2])
+    directions = torch.randn(batch, 1, DIM, device=device, requires_grad=True)
+    sizes = {"layout": layout, "b": batch, "d": DIM, "h": HEIGHT, "w": WIDTH}
+
+    def textbook_scores(x: Tensor, directions: Tensor) -> Tensor:
+        pixels = x.float().flatten(2).mT
+        return directions @ torch.nn.functional.layer_norm(pixels, (DIM,)).mT
+
+    def textbook_gram(x: Tensor) -> Tensor:
+        rows = x.flatten(1).float()
+        return rows @ rows.mT
+
+    def loss(function: Callable[..., object], x: Tensor, tokens: Tensor, *_: Tensor) -> Tensor:
+        return function(relation, teacher, SAMFeatures(x, tokens)).loss
+
+    yield Case(
+        "relation_scores",
+        sizes,
+        implementations(textbook_scores, relation_scores),
+        [x, directions],
+        {"forward": 1, "forward+backward": 3},
+    )
+    yield Case(
+        "batch_gram", sizes, implementations(textbook_gram, batch_gram), [x], {"forward": 1, "forward+backward": 3}
+    )
+    functions = {"textbook": textbook.infosam_terms, "textbook compiled": compiled(textbook.infosam_terms)}
+    functions |= {impl: partial(infosam_terms, impl=impl) for impl in ("reference", "triton")}
+    # The teacher's map is read once, the student's twice, its gradient written once: two and four passes of one map.
+    yield Case(
+        "infosam_terms",
+        sizes,
+        {name: partial(loss, function) for name, function in functions.items()},
+        [x, tokens, *relation.parameters()],
+        {"forward": 2, "forward+backward": 4},
+    )
+
+
+def moment_case(n: int, dtype: torch.dtype, device: str) -> Case:
+    torch.manual_seed(0)
+    # With something in common, as features have: without, the moment is all but its diagonal, which has no gradient.
+    features = [(torch.randn(n, DIM) + torch.randn(1, DIM)).to(device, dtype).requires_grad_() for _ in range(3)]
+
+    def of_grams(*features: Tensor) -> Tensor:
+        squares = torch.ones((), device=device)
+        for x in features:
+            unit = torch.nn.functional.normalize(x.float(), dim=1)
+            squares = squares * (unit @ unit.mT).square()
+        return squares.sum()
+
+    def package(*features: Tensor, impl: str) -> Tensor:
+        return gram_moment(features, [LINEAR] * len(features), impl=impl)
+
+    functions = {"textbook": of_grams, "textbook compiled": compiled(of_grams)}
+    functions |= {impl: partial(package, impl=impl) for impl in ("reference", "triton")}
+    if importlib.util.find_spec("pykeops"):
+        functions["keops"] = keops_moment
+    return Case("gram_moment", {"n": n, "d": DIM, "variables": 3}, functions, features, {})
+
+
+def keops_moment(*features: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    squares: object = 1.0
+    for x in features:
+        unit = torch.nn.functional.normalize(x.float(), dim=1)
+        products = (LazyTensor(unit[:, None, :]) * LazyTensor(unit[None, :, :])).sum(-1)
+        squares = products.square() * squares
+    return squares.sum(1).sum()
+
+
+def implementations(
+    textbook_function: Callable[..., Tensor], function: Callable[..., Tensor]
+) -> dict[str, Callable[..., Tensor]]:
+    named = {"textbook": textbook_function, "textbook compiled": compiled(textbook_function)}
+    return named | {impl: partial(function, impl=impl) for impl in ("reference", "triton")}
+
+
+def compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """Return ``torch.compile`` of a function; the compiler is loaded at the first call."""
+    kept: list[Callable[..., object]] = []
+
+    def run(*args: object) -> object:
+        if not kept:
+            kept.append(torch.compile(function))
+        return kept[0](*args)
+
+    return run
+
+
+def runs_of(case: Case, which: str) -> dict[str, measure.Run]:
+    """Return what is timed, by provider; the upstream gradient of a value that is no scalar is fixed."""
+    upstream = torch.ones_like(case.functions["reference"](*case.leaves))
+
+    def forward(function: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad():
+            return function(*case.leaves)
+
+    def both(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        value = function(*case.leaves)
+        return (value, *torch.autograd.grad(value, case.leaves, upstream.to(value.dtype)))
+
+    return {name: partial(forward if which == "forward" else both, f) for name, f in case.functions.items()}
+
+
+def agreeing(runs: dict[str, measure.Run], dtype: torch.dtype) -> dict[str, measure.Run]:
+    """Return the runs that work and agree with the textbook's to rounding; say of the others why not."""
+    expected = runs["textbook"]()
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    kept = {}
+    # Parameter gradients on the scale of the largest: that of a bias can be zero up to rounding.
+    scales = [value.abs().max().item() for value in expected]
+    largest = max(scales[3:], default=0.0)
+    allowed = 5e-5 if dtype == torch.float32 else 0.05
+    for name, run in runs.items():
+        if name == "triton" and torch.device("cpu") == expected[0].device:
+            continue
+        try:
+            actual = run()
+        except Exception as error:
+            print(f"    {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            continue
+        actual = actual if isinstance(actual, tuple) else (actual,)
+        errors = [
+            (a.float() - e.float()).abs().max().item() / max(scale, largest if index > 2 else 0.0)
+            for index, (a, e, scale) in enumerate(zip(actual, expected, scales, strict=True))
+        ]
+        if max(errors) < allowed:
+            kept[name] = run
+        else:
+            print(f"    {name} is off by {max(errors):.1e} of the scale and is not timed")
+    return kept
+
+
+def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment: dict) -> list[dict]:
+    device = case.leaves[0].device.type
+    runs = agreeing(runs_of(case, which), dtype)
+    with_copy = {**runs, "copy": partial(torch.clone, case.leaves[0].detach())}
+    samples = measure.interleaved_ms(with_copy, trials, device)
+    times = {name: measure.percentiles(values) for name, values in samples.items()}
+    rows = []
+    for name, run in runs.items():
+        of_copy = math.nan
+        if case.passes:
+            # A copy is two passes, a read and a write.
+            of_copy = case.passes[which] / 2 * times["copy"]["ms_p50"] / times[name]["ms_p50"]
+        rows.append({
+            "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."), **case.sizes,
+            **times[name], "speed_up": times["textbook"]["ms_p50"] / times[name]["ms_p50"], "of_copy": of_copy,
+            "peak_mib": measure.peak_mib(run, device), "launches": measure.launches(run, device),
+            "trials": trials, **environment,
+        })  # fmt: skip
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw the speed-up over the textbook form of every operation and input."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    rows = [row for row in rows if row["pass"] == "forward+backward"]
+    settings = list(dict.fromkeys(label(row) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.35 * len(settings)), layout="constrained")
+    for provider, marker in zip(PROVIDERS, "|xods", strict=True):
+        of_provider = [row for row in rows if row["provider"] == provider]
+        places = [settings.index(label(row)) for row in of_provider]
+        if places:
+            axes.plot([row["speed_up"] for row in of_provider], places, marker, markersize=8, label=provider)
+    axes.set_yticks(range(len(settings)), settings)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g} x"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    axes.grid(axis="both", color="0.9")
+    axes.set_xlabel("times as fast as the textbook form, forward + backward")
+    figure.legend(loc="outside lower center", ncols=len(PROVIDERS), frameon=False)
+    axes.set_title(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+    temporary.replace(path)
+
+
+def label(row: dict) -> str:
+    if row["op"] == "gram_moment":
+        return f"gram_moment, n {row['n']}, {row['dtype']}"
+    return f"{row['op']}, B {row['b']}, {row['layout'].replace('_', ' ')}, {row['dtype']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
+    parser.add_argument("--picture", type=Path, help="image file to draw the speed-ups to")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--samples", type=int, nargs="+", default=[4096], help="of gram_moment")
+    parser.add_argument("--ops", nargs="+", help="only these operations")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=5, help="at least 2")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    environment, rows = measure.environment(args.device), []
+    print(f"auto takes: {implementation(torch.ones(1, device=args.device))}")
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        for case in cases(args.batches, args.samples, dtype, args.device):
+            if args.ops and case.op not in args.ops:
+                continue
+            for which in ("forward", "forward+backward"):
+                new = rows_of(case, which, dtype, args.trials, environment)
+                rows += new
+                print(f"{label(new[0])}, {which}")
+                for row in new:
+                    of_copy = "" if math.isnan(row["of_copy"]) else f"{row['of_copy']:.0%} of copy"
+                    launches = f"{row['launches']} launches" if row["launches"] else ""
+                    print(
+                        f"    {row['provider']:<18} {row['ms_p50']:>9.2f} ms {row['speed_up']:>6.1f} x "
+                        f"{row['peak_mib']:>8.1f} MiB  {of_copy:<13} {launches}"
+                    )
+                if args.out:
+                    measure.append_rows(args.out, new, COLUMNS)
+    if args.picture:
+        draw(rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()
