@@ -112,6 +112,12 @@ def test_scores_where_the_mean_is_large():
     check_scores(x + 100, directions, slack=4.0, impl="triton")
 
 
+def test_scores_where_both_means_are_large():
+    """The directions' mean meets what rounding leaves of the pixels'."""
+    x, directions = on_device(*inputs((2, 64, 3, 5)))
+    check_scores(x + 100, directions + 10, slack=4.0, impl="triton")
+
+
 # batch_gram.
 
 
@@ -137,6 +143,11 @@ def test_gram_in_every_layout(layout):
 def test_gram_of_large_half_precision_rows():
     (rows,) = on_device(40000 * randn(3, 100, dtype=torch.float16).sign())
     assert_close_on_scale(batch_gram(rows, impl="triton"), rows.double() @ rows.double().mT, name="gram", rtol=1e-6)
+
+
+def test_gradient_of_rows_that_overlap():
+    rows = on_device(randn(13))[0].as_strided((5, 9), (1, 1))
+    check_gram(rows, impl="triton")
 
 
 # infosam_terms.
@@ -183,6 +194,15 @@ def test_terms_of_relations(size, dtype):
             ("teacher", "student"), actual_gradients, eager_gradients, exact_gradients, strict=True
         ):
             assert_within_budget(a, e, t, name=f"gradient of the {name}'s map")
+
+
+@pytest.mark.parametrize("elements", [1, 150])
+def test_terms_where_a_program_has_several_stretches(elements, monkeypatch):
+    arguments = relations(5, 4 * BLOCK_L + 3)
+    expected = terms_of_relations(*arguments, impl="triton")
+    monkeypatch.setattr(infosam_terms_triton, "_PARTIAL_ELEMENTS", elements)
+    for a, e in zip(terms_of_relations(*arguments, impl="triton"), expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("upstream", [(-1.7, 0, 0), (0, -1.7, 0), (0, 0, -1.7)], ids=["loss", "L_r", "L_d"])
@@ -287,6 +307,24 @@ def test_moment_of_strided_features():
     wide = torch.full((13, 40), math.nan, device=DEVICE)
     wide[1::2] = x.T
     check_moment([wide[1::2].T], [LINEAR])
+
+
+def test_moment_of_features_further_apart_than_int32():
+    (x,) = samples(2, 1, 17, dtype=torch.float16)
+    # 4.5 GB of addresses, of which two columns are ever touched.
+    wide = torch.empty(17, 2**27, dtype=torch.float16, device=DEVICE)[:, :2]
+    wide.copy_(x.T)
+    assert moment_and_gradients("triton", [wide.T], [LINEAR])[0] == moment_and_gradients("triton", [x], [LINEAR])[0]
+
+
+# The interpreter computes with NumPy, which warns.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("kernel", [LINEAR, RBF, POLYNOMIAL], ids=lambda kernel: kernel.name)
+def test_moment_of_what_is_not_finite_is_not_finite(kernel, bad):
+    (x,) = samples(8, 1)
+    x[3, 2] = bad
+    assert not gram_moment([x], [kernel], impl="triton").isfinite()
 
 
 def test_moment_of_one_sample_is_one():
@@ -504,10 +542,17 @@ def test_a_broken_triton_is_named(error, monkeypatch):
     assert "cannot be imported" in dispatch._obstacle((torch.ones(2),))
 
 
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.2.0")
+    (x,) = on_device(torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"got Triton 3\.2\.0 \(the kernels need 3\.7\); use impl='auto'"):
+        dispatch.resolve("triton", x)
+
+
 @pytest.mark.parametrize(
     ("call", "limit"),
     [
-        (lambda: relation_scores(torch.ones(1, 8193, 1, 1), torch.ones(1, 1, 8193), impl="triton"), "8193 channels"),
+        (lambda: relation_scores(torch.ones(1, 4097, 1, 1), torch.ones(1, 1, 4097), impl="triton"), "4097 channels"),
         (
             lambda: terms_of_relations(*[torch.eye(257).double()] * 2, *[torch.ones(257, 2)] * 2, impl="triton"),
             "257 samples",

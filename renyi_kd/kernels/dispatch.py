@@ -11,6 +11,8 @@ from torch import Tensor
 
 Impl = Literal["auto", "reference", "triton"]
 
+# The oldest on which every kernel was tested; 3.3 cannot compile them all.
+_OLDEST_TRITON = (3, 7)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -88,11 +90,12 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str:
 
 def _broken_triton() -> str:
     try:
-        import triton.language  # noqa: F401
+        import triton.language
     # Whatever a Triton that does not fit the machine raises, auto has the reference to go on with.
     except Exception as error:
         return f"a Triton that cannot be imported ({type(error).__name__}: {error})"
-    return ""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return "" if version >= _OLDEST_TRITON else f"Triton {triton.__version__} (the kernels need 3.7)"
 
 
 def _too_old(device: int) -> str:

@@ -4,7 +4,7 @@ r"""Inner products of few, very long rows in one read, and their gradient in one
 
 Two stages: every program multiplies a stretch of all rows with itself and writes one matrix of partial sums in fp32;
 these are summed in fp64. No atomics, so results repeat bit for bit. Extra memory: the partial sums, at most about
-``_PROGRAMS`` s x s matrices.
+``_PROGRAMS`` s x s matrices of up to 64 rows, fewer of more.
 
 fp16, bf16 and fp32; rows that are dense in any order of their dimensions are read as they lie, others are copied.
 First derivatives only.
@@ -32,10 +32,10 @@ def _batch_gram_fwd_kernel(
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the products of two blocks of rows over n_steps blocks of columns."""
-    split = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
     n_blocks = tl.cdiv(n_rows, BLOCK_S)
-    rows = (tl.program_id(1) // n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
-    others = (tl.program_id(1) % n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = (tl.program_id(0) // n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    others = (tl.program_id(0) % n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     products = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
     for step in range(n_steps):
         columns = (split * n_steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -90,14 +90,15 @@ def config(n_rows: int) -> dict[str, Any]:
 
 @torch.library.custom_op("renyi_kd::batch_gram", mutates_args=())
 def _forward(rows: Tensor) -> Tensor:
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n_rows, n_columns = rows.shape
     settings = config(n_rows)
     n_blocks = triton.cdiv(n_rows, settings["BLOCK_S"])
-    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), _PROGRAMS)
+    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), max(1, _PROGRAMS // n_blocks**2))
     n_splits = triton.cdiv(n_columns, settings["BLOCK_K"] * n_steps)
     partial = torch.empty(n_splits, n_rows, n_rows, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
-        _batch_gram_fwd_kernel[(n_splits, n_blocks * n_blocks)](
+        _batch_gram_fwd_kernel[(n_blocks * n_blocks, n_splits)](
             rows, partial, n_rows, n_columns, n_steps, rows.stride(0), **settings
         )
     return partial.sum(0, dtype=torch.float64)
@@ -110,6 +111,7 @@ def _(rows: Tensor) -> Tensor:
 
 @torch.library.custom_op("renyi_kd::batch_gram_backward", mutates_args=())
 def _backward(rows: Tensor, grad_gram: Tensor) -> Tensor:
+    rows = rows.contiguous()
     grad_rows = torch.empty_like(rows)
     n_rows, n_columns = rows.shape
     grid = triton.cdiv(n_columns, BACKWARD_BLOCKS["BLOCK_K"]), triton.cdiv(n_rows, BACKWARD_BLOCKS["BLOCK_S"])
@@ -123,7 +125,7 @@ def _backward(rows: Tensor, grad_gram: Tensor) -> Tensor:
 
 @_backward.register_fake
 def _(rows: Tensor, grad_gram: Tensor) -> Tensor:
-    return torch.empty_like(rows)
+    return rows.new_empty(rows.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -153,5 +155,5 @@ def batch_gram(rows: Tensor) -> Tensor:
     # An inner product does not depend on the order in which both rows are flattened: as they lie, nothing is copied.
     order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
     flat = rows.permute(0, *order).flatten(1)
-    gram: Tensor = torch.ops.renyi_kd.batch_gram(flat if flat.stride(1) == 1 else flat.contiguous())
+    gram: Tensor = torch.ops.renyi_kd.batch_gram(flat)
     return gram

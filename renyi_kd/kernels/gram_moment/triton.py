@@ -36,7 +36,7 @@ def _products(
     """Return the [BLOCK_N, BLOCK_N] inner products of rows and columns, less their mean if CENTRED."""
     tile = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for start in range(0, n_features, BLOCK_D):
-        features = start + tl.arange(0, BLOCK_D)
+        features = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         in_d = features < n_features
         left_inside = (rows < n_samples)[:, None] & in_d[None, :]
         right_inside = (cols < n_samples)[None, :] & in_d[:, None]
@@ -82,7 +82,9 @@ def _kernel_tile(
     of_rows = tl.load(norms_ptr + rows, mask=rows < n_samples, other=0.0)
     of_cols = tl.load(norms_ptr + cols, mask=cols < n_samples, other=0.0)
     if KIND == _RBF:
-        distances = tl.maximum(of_rows[:, None] + of_cols[None, :] - 2.0 * product, 0.0)
+        distances = of_rows[:, None] + of_cols[None, :] - 2.0 * product
+        # Not tl.maximum, which makes 0 of NaN.
+        distances = tl.where(distances < 0.0, 0.0, distances)
         values = tl.where(apart, tl.exp(-0.5 / (scale * scale) * distances), 0.0)
         slopes = values * values / (scale * scale)
     else:
@@ -134,7 +136,7 @@ def _gram_moment_bwd_kernel(
 ):  # fmt: skip
     """Write the gradient of one block of rows and features of variable WHICH."""
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    features = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    features = (tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     in_d = features < dims[WHICH]
     grad = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
     row_sums = tl.zeros((BLOCK_N,), tl.float32)

@@ -12,8 +12,8 @@ and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, 
     dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
 
 The forward makes partial Grams of stretches of both maps, sums them, and in one program makes terms and the matrices
-2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has r_i = 0. Extra memory: the partial Grams,
-s^2 (L / BLOCK_L) numbers a map, and eight s x s matrices.
+2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has r_i = 0. Extra memory: at most 8 MiB of partial
+Grams, and eight s x s matrices.
 
 Maps in fp16, bf16 or fp32; contiguous; few samples; alpha = 2. First derivatives only.
 """
@@ -31,29 +31,37 @@ from renyi_kd.kernels.infosam_terms.reference import RelationTerms
 
 # Elements of a tile of fp64 numbers; not measured on a GPU yet.
 _TILE_ELEMENTS = 2048
+# 8 MiB of partial Grams.
+_PARTIAL_ELEMENTS = 2**20
 NUM_WARPS = 4
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _relation_grams_kernel(
-    teacher_ptr, student_ptr, partial_ptr, n_samples, n_scores, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+    teacher_ptr, student_ptr, partial_ptr, n_samples, n_scores, n_steps,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Write the products of all samples over one stretch of the teacher's or the student's maps."""
+    """Write the products of all samples over n_steps stretches of the teacher's or the student's maps."""
     scores_ptr = teacher_ptr
     if tl.program_id(1) == 1:
         scores_ptr = student_ptr
     samples = tl.arange(0, BLOCK_S).to(tl.int64)
-    places = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
-    in_s, in_l = samples < n_samples, places < n_scores
-    x = tl.load(
-        scores_ptr + samples[:, None] * n_scores + places[None, :], mask=in_s[:, None] & in_l[None, :], other=0.0
-    ).to(tl.float32).to(tl.float64)  # fmt: skip
+    in_s = samples < n_samples
     matrix = (tl.program_id(0) * 2 + tl.program_id(1)).to(tl.int64) * n_samples * n_samples
     for i in range(n_samples):
-        row = tl.load(scores_ptr + tl.cast(i, tl.int64) * n_scores + places, mask=in_l, other=0.0)
-        row = row.to(tl.float32).to(tl.float64)
-        tl.store(partial_ptr + matrix + i * n_samples + samples, tl.sum(x * row[None, :], 1), mask=in_s)
+        products = tl.zeros((BLOCK_S,), tl.float64)
+        for step in range(n_steps):
+            places = (tl.program_id(0).to(tl.int64) * n_steps + step) * BLOCK_L + tl.arange(0, BLOCK_L)
+            in_l = places < n_scores
+            x = tl.load(
+                scores_ptr + samples[:, None] * n_scores + places[None, :],
+                mask=in_s[:, None] & in_l[None, :], other=0.0,
+            )  # fmt: skip
+            row = tl.load(scores_ptr + tl.cast(i, tl.int64) * n_scores + places, mask=in_l, other=0.0)
+            # By way of fp32, which every dtype reaches.
+            products += tl.sum(x.to(tl.float32).to(tl.float64) * row.to(tl.float32).to(tl.float64)[None, :], 1)
+        tl.store(partial_ptr + matrix + i * n_samples + samples, products, mask=in_s)
 
 
 @triton.jit
@@ -206,14 +214,18 @@ def _forward(
     detach_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by."""
+    image_gram, token_gram = image_gram.contiguous(), token_gram.contiguous()
+    teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
     n_samples, n_scores = teacher_scores.shape
     blocks = map_blocks(n_samples)
     n_stretches = triton.cdiv(n_scores, blocks["BLOCK_L"])
-    partial = image_gram.new_empty(n_stretches, 2, n_samples, n_samples)
+    n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (2 * n_samples**2)))
+    n_programs = triton.cdiv(n_stretches, n_steps)
+    partial = image_gram.new_empty(n_programs, 2, n_samples, n_samples)
     loss, compression, distillation, teacher_unit, student_unit, mix = _empty_outputs(image_gram, teacher_scores)
     with torch.cuda.device_of(teacher_scores):
-        _relation_grams_kernel[(n_stretches, 2)](
-            teacher_scores, student_scores, partial, n_samples, n_scores, **blocks, num_warps=NUM_WARPS
+        _relation_grams_kernel[(n_programs, 2)](
+            teacher_scores, student_scores, partial, n_samples, n_scores, n_steps, **blocks, num_warps=NUM_WARPS
         )
         teacher_gram, student_gram = partial.sum(0).unbind()
         _infosam_terms_fwd_kernel[(1,)](
@@ -229,7 +241,7 @@ def _empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor
     n_samples = len(gram)
     return (
         loss, compression, distillation,
-        torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(3, n_samples, n_samples),
+        gram.new_empty(gram.shape), gram.new_empty(gram.shape), gram.new_empty(3, n_samples, n_samples),
     )  # fmt: skip
 
 
@@ -257,6 +269,7 @@ def _backward(
     lambda_r: float,
     lambda_d: float,
 ) -> tuple[Tensor, Tensor]:
+    teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
     n_samples, n_scores = teacher_scores.shape
     grad_teacher, grad_student = torch.empty_like(teacher_scores), torch.empty_like(student_scores)
     blocks = map_blocks(n_samples)
@@ -279,7 +292,7 @@ def _(
     lambda_r: float,
     lambda_d: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(teacher_scores), torch.empty_like(student_scores)
+    return teacher_scores.new_empty(teacher_scores.shape), student_scores.new_empty(student_scores.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,10 +340,10 @@ def infosam_terms(
 ) -> RelationTerms:
     """Return what the reference does at alpha = 2."""
     *terms, _ = torch.ops.renyi_kd.infosam_terms(
-        image_gram.contiguous(),
-        token_gram.contiguous(),
-        teacher_scores.flatten(1).contiguous(),
-        student_scores.flatten(1).contiguous(),
+        image_gram,
+        token_gram,
+        teacher_scores.flatten(1),
+        student_scores.flatten(1),
         lambda_r,
         lambda_d,
         detach_teacher,

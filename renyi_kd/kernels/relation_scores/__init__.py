@@ -11,7 +11,7 @@ from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.relation_scores import reference
 
 # All channels of a pixel must fit in the registers of one program.
-MAX_CHANNELS = 8192
+MAX_CHANNELS = 4096
 
 
 def relation_scores(

@@ -1,7 +1,7 @@
 r"""Scores of layer-normalised pixels in one read of the map; backward in one read and one write.
 
     s_jp = rstd_p (x_p - mean_p) . w_j + c_j
-    G_p = sum_j g_jp w_j          dx_p = rstd_p (G_p - mean(G_p) - (x_p - mean_p) rstd_p^2 / d sum_j g_jp s0_jp)
+    G_p = sum_j g_jp w_j          dx_p = rstd_p (G_p - mean(G_p) - (x_p - mean_p) rstd_p / d sum_j g_jp s0_jp)
     dw_j = sum_p g_jp rstd_p (x_p - mean_p)          dc_j = sum_p g_jp          with s0 = s - c
 
 A program holds a tile of pixels with all their channels, so mean and deviations are exact, and the layout is a matter
@@ -42,7 +42,10 @@ def _load_pixels(
         x_ptr + channels.to(tl.int64)[:, None] * x_stride_c + places[None, :], mask=inside, other=0.0
     ).to(tl.float32)  # fmt: skip
     mean = tl.sum(x, 0) / n_channels
-    return tl.where(inside, x - mean[None, :], 0.0), mean
+    centred = tl.where(inside, x - mean[None, :], 0.0)
+    # Once more, as a GPU rounds sum and quotient: the directions have a mean too, which would meet that of the rest.
+    rest = tl.sum(centred, 0) / n_channels
+    return tl.where(inside, centred - rest[None, :], 0.0), mean
 
 
 @triton.jit
@@ -61,9 +64,10 @@ def _relation_scores_fwd_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of one tile of pixels for every direction of their image."""
-    image = tl.program_id(1).to(tl.int64)
+    n_tiles = tl.cdiv(n_pixels, BLOCK_P)
+    image = (tl.program_id(0) // n_tiles).to(tl.int64)
     channels = tl.arange(0, BLOCK_C)
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pixels = (tl.program_id(0) % n_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     centred, mean = _load_pixels(
         x_ptr + image * x_stride_b, pixels, channels, n_pixels, n_channels, width, x_stride_c, x_stride_h, x_stride_w
     )
@@ -85,10 +89,10 @@ def _relation_scores_bwd_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DIRECTIONS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of every n_programs-th tile of an image, and one row of sums over them per direction."""
-    image = tl.program_id(1).to(tl.int64)
+    image = (tl.program_id(0) // n_programs).to(tl.int64)
     channels = tl.arange(0, BLOCK_C)
     in_c = channels < n_channels
-    first = tl.program_id(0)
+    first = tl.program_id(0) % n_programs
     for step in range(tl.cdiv(tl.cdiv(n_pixels, BLOCK_P) - first, n_programs)):
         tile = first + step * n_programs
         pixels = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -144,7 +148,7 @@ def _forward(image_features: Tensor, directions: Tensor, offsets: Tensor | None,
     scores = directions.new_empty(n_images, n_directions, n_pixels)
     blocks = block_sizes(n_channels, n_pixels, FORWARD_TILE)
     with torch.cuda.device_of(image_features):
-        _relation_scores_fwd_kernel[(triton.cdiv(n_pixels, blocks["BLOCK_P"]), n_images)](
+        _relation_scores_fwd_kernel[(triton.cdiv(n_pixels, blocks["BLOCK_P"]) * n_images,)](
             image_features, directions, offsets, scores,
             n_channels, n_pixels, n_directions, width, eps, *image_features.stride(),
             **blocks, HAS_OFFSETS=offsets is not None, num_warps=NUM_WARPS,
@@ -175,7 +179,7 @@ def _backward(
     n_programs = min(triton.cdiv(n_pixels, blocks["BLOCK_P"]), triton.cdiv(_PROGRAMS, n_images))
     partial = directions.new_empty(n_images, n_directions, n_programs, n_channels + 1 if needs_directions else 0)
     with torch.cuda.device_of(image_features):
-        _relation_scores_bwd_kernel[(n_programs, n_images)](
+        _relation_scores_bwd_kernel[(n_programs * n_images,)](
             image_features, directions, grad_scores, grad_features, partial,
             n_channels, n_pixels, n_directions, n_programs, width, eps,
             *image_features.stride(), *grad_features.stride(),
