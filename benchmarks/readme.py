@@ -1,4 +1,4 @@
-"""Writes the measured table of the README from its CSV, the newest row of each setting.
+"""Writes the measured tables of the README from their CSV files, the newest row of each setting.
 
 python -m benchmarks.readme
 """
@@ -30,16 +30,39 @@ def loss_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"Measured on {where}."])
 
 
+def kernels_table(rows: list[dict[str, str]]) -> str:
+    """Return the table of every operation's forward + backward by implementation as Markdown."""
+    newest = {(label(r), r["provider"]): r for r in rows if r["pass"] == "forward+backward"}
+    named = {provider for _, provider in newest}
+    providers = [name for name in ("textbook", "textbook compiled", "reference", "triton", "keops") if name in named]
+    lines = [f"| operation | {' | '.join(providers)} | peak memory |", "|---" * (len(providers) + 2) + "|"]
+    for setting in dict.fromkeys(setting for setting, _ in newest):
+        of_setting = {provider: row for (other, provider), row in newest.items() if other == setting}
+        times = [f"{float(of_setting[p]['ms_p50']):.1f} ms" if p in of_setting else "" for p in providers]
+        own, textbook = (float(of_setting[p]["peak_mib"]) for p in ("reference", "textbook"))
+        lines.append(f"| {setting} | {' | '.join(times)} | {own:.0f} of {textbook:.0f} MiB |")
+    last = rows[-1]
+    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}"
+    return "\n".join([*lines, "", f"Measured on {where}."])
+
+
+def label(row: dict[str, str]) -> str:
+    if row["op"] == "gram_moment":
+        return f"{row['op']}, {row['variables']} variables, n {row['n']}"
+    return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
+
+
+TABLES = {"loss_cpu": loss_table, "kernels_cpu": kernels_table}
+
+
 def with_tables(readme: str) -> str:
     """Return the README with its tables made anew."""
-    with (ROOT / "benchmarks/results/loss_cpu.csv").open(newline="") as file:
-        table = loss_table(list(csv.DictReader(file)))
-    return re.sub(
-        r"(<!-- table: loss_cpu -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}\n{table}\n\n{m[2]}",
-        readme,
-        flags=re.DOTALL,
-    )
+    for name, table in TABLES.items():
+        with (ROOT / f"benchmarks/results/{name}.csv").open(newline="") as file:
+            text = table(list(csv.DictReader(file)))
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(pattern, lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", readme, flags=re.DOTALL)
+    return readme
 
 
 if __name__ == "__main__":
