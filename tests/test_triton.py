@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 
 import pytest
@@ -505,6 +506,16 @@ def test_what_runs_can_be_asked():
     assert auto == (("reference", "the tensors are not on a GPU") if INTERPRETED else ("triton", ""))
     assert dispatch.implementation(x, impl="triton") == ("triton", "")
     assert dispatch.implementation(x, impl="reference") == ("reference", "impl='reference' asks for it")
+
+
+def test_triton_is_not_loaded_where_nothing_runs_on_a_gpu():
+    code = (
+        "import sys, torch, renyi_kd; loss = renyi_kd.InfoSAMLoss(4); "
+        "x = renyi_kd.SAMFeatures(torch.randn(2, 4, 2, 2), torch.randn(2, 1, 4)); "
+        "torch.set_grad_enabled(False); loss(x, x); print('triton' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_fp64_is_for_the_reference():

@@ -52,7 +52,7 @@ def implementation(*tensors: Tensor, impl: Impl = "auto", limits: Sequence[str] 
         raise ValueError(f"renyi_kd: impl must be one of {get_args(Impl)}, got {impl!r}; 'auto' is always right")
     if impl == "reference":
         return Implementation("reference", "impl='reference' asks for it")
-    if impl == "auto" and not all(tensor.is_cuda for tensor in tensors):
+    if impl == "auto" and not (tensors and all(tensor.is_cuda for tensor in tensors)):
         # Before Triton is imported: on a CPU nobody waits for it.
         return Implementation("reference", "the tensors are not on a GPU")
     obstacle = _obstacle(tensors) or next(iter(limits), "")
