@@ -16,7 +16,7 @@ from renyi_kd.kernels import dispatch
 from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
 from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
-from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 from renyi_kd.kernels.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
 from tests.support.kernels import LAYOUTS, check_gram, check_scores, inputs, value_and_gradients

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from renyi_kd.kernels.batch_gram import triton as batch_gram
 from renyi_kd.kernels.gram_moment import triton as gram_moment
-from renyi_kd.kernels.gram_moment.reference import SampleKernel
+from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
 from renyi_kd.kernels.relation_scores import triton as relation_scores
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.gram_moment import reference
-from renyi_kd.kernels.gram_moment.reference import SampleKernel
+from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 
 __all__ = ["SampleKernel", "gram_moment"]
 

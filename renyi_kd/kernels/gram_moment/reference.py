@@ -17,28 +17,15 @@ summed in fp32 (fp64 for fp64), blocks in fp64. First derivatives only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
+
 # 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache.
 _BLOCK_ELEMENTS = 2**18
-
-
-class SampleKernel(NamedTuple):
-    """A kernel between samples, scaled to 1 between a sample and itself.
-
-    Attributes:
-        name: which.
-        scale: the bandwidth of ``"rbf"``, the offset of ``"polynomial"``.
-        degree: of ``"polynomial"``.
-
-    """
-
-    name: Literal["linear", "rbf", "polynomial"]
-    scale: float = 0.0
-    degree: int = 1
 
 
 def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd.kernels.gram_moment.reference import SampleKernel
+from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 
 # Not measured on a GPU yet: among the largest tiles that spill on no target.
 FORWARD_BLOCKS = {"BLOCK_N": 64, "BLOCK_D": 16}

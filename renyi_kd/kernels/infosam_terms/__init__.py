@@ -6,7 +6,7 @@ from torch import Tensor
 
 from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.infosam_terms import reference
-from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 
 # A row of each Gram must fit in the registers of one program.
 MAX_SAMPLES = 256

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from renyi_kd.entropy import renyi_entropy
 from renyi_kd.gram import unit_diagonal
 from renyi_kd.kernels.batch_gram.reference import batch_gram
-
-
-class RelationTerms(NamedTuple):
-    """What a step's relations come to.
-
-    Attributes:
-        loss: ``lambda_r * compression + lambda_d * distillation``, ``[]`` in bits, as the terms.
-        compression: L_r.
-        distillation: L_d.
-        teacher_gram: ``[s, s]`` in fp64 with unit diagonal: cosines of the teacher's relation maps; no gradient.
-        student_gram: likewise of the student.
-
-    """
-
-    loss: Tensor
-    compression: Tensor
-    distillation: Tensor
-    teacher_gram: Tensor
-    student_gram: Tensor
+from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 
 
 def infosam_terms(

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd.kernels.infosam_terms.reference import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 
 # Elements of a tile of fp64 numbers; not measured on a GPU yet.
 _TILE_ELEMENTS = 2048
