@@ -65,19 +65,9 @@ def _kernel_tile(
 ):  # fmt: skip
     """Return a tile of a Gram with unit diagonal, and K dK/d(x_i . x_j) of it; both 0 past the end, on no diagonal."""
     product = _products(
-        x_ptr,
-        mean_ptr,
-        rows,
-        cols,
-        n_samples,
-        n_features,
-        stride_n,
-        stride_d,
-        BLOCK_N,
-        BLOCK_D,
-        KIND == _RBF,
-        PRECISION,
-    )
+        x_ptr, mean_ptr, rows, cols, n_samples, n_features, stride_n, stride_d,
+        BLOCK_N, BLOCK_D, KIND == _RBF, PRECISION,
+    )  # fmt: skip
     apart = (rows[:, None] != cols[None, :]) & (rows < n_samples)[:, None] & (cols < n_samples)[None, :]
     of_rows = tl.load(norms_ptr + rows, mask=rows < n_samples, other=0.0)
     of_cols = tl.load(norms_ptr + cols, mask=cols < n_samples, other=0.0)
@@ -223,16 +213,16 @@ def _arguments(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> t
     return arguments, constants
 
 
-# An operator's schema has no tuples of names and numbers: kernels travel as three lists.
-def _kernels(names: Sequence[str], scales: Sequence[float], degrees: Sequence[int]) -> list[SampleKernel]:
-    return [SampleKernel(*of_one) for of_one in zip(names, scales, degrees, strict=True)]  # type: ignore[arg-type]
+# An operator's schema has no tuples of names and numbers: kernels travel as a line of names and two lists.
+def _kernels(names: str, scales: Sequence[float], degrees: Sequence[int]) -> list[SampleKernel]:
+    return [SampleKernel(*of_one) for of_one in zip(names.split(), scales, degrees, strict=True)]  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("renyi_kd::gram_moment", mutates_args=(), schema=(
     "(Tensor[] features, str names, float[] scales, int[] degrees) -> Tensor"
 ))  # fmt: skip
 def _forward(features: Sequence[Tensor], names: str, scales: Sequence[float], degrees: Sequence[int]) -> Tensor:
-    arguments, constants = _arguments(features, _kernels(names.split(), scales, degrees))
+    arguments, constants = _arguments(features, _kernels(names, scales, degrees))
     n_samples = len(features[0])
     n_blocks = triton.cdiv(n_samples, FORWARD_BLOCKS["BLOCK_N"])
     # Zeros, as the tiles above the diagonal write nothing.
@@ -261,7 +251,7 @@ def _backward(
     degrees: Sequence[int],
     which: int,
 ) -> Tensor:
-    arguments, constants = _arguments(features, _kernels(names.split(), scales, degrees))
+    arguments, constants = _arguments(features, _kernels(names, scales, degrees))
     n_samples, n_features = features[which].shape
     grad = torch.empty_like(features[which])
     grid = triton.cdiv(n_samples, BACKWARD_BLOCKS["BLOCK_N"]), triton.cdiv(n_features, BACKWARD_BLOCKS["BLOCK_OUT"])

@@ -4,11 +4,11 @@ r"""Scores of layer-normalised pixels in one read of the map; backward in one re
     G_p = sum_j g_jp w_j          dx_p = rstd_p (G_p - mean(G_p) - (x_p - mean_p) rstd_p / d sum_j g_jp s0_jp)
     dw_j = sum_p g_jp rstd_p (x_p - mean_p)          dc_j = sum_p g_jp          with s0 = s - c
 
-A program holds a tile of pixels with all their channels, so mean and deviations are exact, and the layout is a matter
-of strides alone. The sums over pixels go to one row of partial sums per program, summed afterwards: no atomics, so
-results repeat bit for bit. Extra memory: these rows, at most about ``_PROGRAMS`` of d + 1 numbers per direction of an
-image, and no statistics: the backward computes them again from the tile that it has to read anyway. A pixel whose
-channels are all alike has score c and gradient 0.
+A program holds a tile of pixels with all their channels, so the variance is summed from deviations, and the layout is a
+matter of strides alone. The sums over pixels go to one row of partial sums per program, added up afterwards: no
+atomics, so results repeat bit for bit. Extra memory: these rows, at most about ``_PROGRAMS`` of d + 1 numbers per
+direction of an image, and no statistics: the backward computes them again from the tile that it has to read anyway. A
+pixel whose channels are all alike has score c and gradient 0.
 
 fp16, bf16, fp32, summed in fp32; any strides, any sizes >= 1. First derivatives only.
 """
@@ -35,7 +35,7 @@ _ROUNDING = tl.constexpr(4 * torch.finfo(torch.float32).eps)
 def _load_pixels(
     x_ptr, pixels, channels, n_pixels, n_channels, width, x_stride_c, x_stride_h, x_stride_w,
 ):  # fmt: skip
-    """Return deviations of pixels from their mean as [BLOCK_C, BLOCK_P], and 1 / sqrt(variance), 0 for dead pixels."""
+    """Return the deviations of pixels from their mean as [BLOCK_C, BLOCK_P], 0 past the end, and the mean."""
     inside = (channels < n_channels)[:, None] & (pixels < n_pixels)[None, :]
     places = (pixels // width).to(tl.int64) * x_stride_h + (pixels % width).to(tl.int64) * x_stride_w
     x = tl.load(
