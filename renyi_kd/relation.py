@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
 from renyi_kd.kernels.dispatch import Impl
+from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
 from renyi_kd.kernels.relation_scores import relation_scores
 
 
@@ -98,8 +98,7 @@ class RelationModule(nn.Module):
     def collapse(self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return w ``[s, n, d]`` and c ``[s, n]`` of mask tokens ``[s, n, d]``.
 
-        Computed in fp64, which autocast leaves alone in a backward pass as well; returned in ``dtype``, or in fp64 if
-        tokens or parameters are.
+        Computed and returned in ``dtype``, or in fp64 if tokens or parameters are.
 
         Raises:
             ValueError: the tokens do not have ``dim`` channels, or are on another device than the module.
@@ -116,15 +115,15 @@ class RelationModule(nn.Module):
                 f"RelationModule: features must be on the module's device {key_weight.device}, got "
                 f"{mask_tokens.device}; move the loss with infosam_loss.to('{mask_tokens.device}')"
             )
-        dtype = torch.promote_types(dtype, torch.promote_types(mask_tokens.dtype, key_weight.dtype))
-        norm, scale = self.layer_norm_mask, 1 / math.sqrt(self.dim)
-        with torch.autocast(mask_tokens.device.type, enabled=False):
-            tokens = mask_tokens.double()
-            # A token whose channels are all alike has no direction; LayerNorm would send it 1 / sqrt(eps) of gradient.
-            alive = tokens.amax(-1, keepdim=True) != tokens.amin(-1, keepdim=True)
-            tokens = torch.where(alive, tokens, tokens.detach())
-            m = F.layer_norm(tokens, (self.dim,), norm.weight.double(), norm.bias.double(), norm.eps)
-            query = F.linear(m, self.query_proj.weight.double(), self.query_proj.bias.double()) * scale
-            u = query @ key_weight.double() + m
-            offsets = query @ self.key_proj.bias.double() + u @ self.layer_norm_feat.bias.double()
-            return (u * self.layer_norm_feat.weight.double()).to(dtype), offsets.to(dtype)
+        norm, features_norm = self.layer_norm_mask, self.layer_norm_feat
+        weights = RelationWeights(
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            query_weight=self.query_proj.weight,
+            query_bias=self.query_proj.bias,
+            key_weight=key_weight,
+            key_bias=self.key_proj.bias,
+            feature_weight=features_norm.weight,
+            feature_bias=features_norm.bias,
+        )
+        return relation_directions(mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype)), weights, eps=norm.eps)

@@ -392,6 +392,8 @@ def test_other_orders_run_where_they_can():
     assert infosam_terms(relation, teacher, student, alpha=1.5).loss.isfinite()
 
 
+# What torch.compile itself does when it traces an autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_loss_under_torch_compile():
     teacher, student, relation = setting()
     compiled = torch.compile(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from renyi_kd.entropy import renyi_entropy
 from renyi_kd.gram import unit_diagonal
-from renyi_kd.kernels.batch_gram.reference import batch_gram
 from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 
 
@@ -49,8 +48,9 @@ def infosam_terms(
 
     """
     # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
-    relation_grams = batch_gram(teacher_scores.double()), batch_gram(student_scores.double())
-    image, token, teacher, student = unit_diagonal(torch.stack([image_gram, token_gram, *relation_grams])).unbind()
+    relations = torch.stack([teacher_scores.double(), student_scores.double()]).flatten(2)
+    grams = torch.cat([torch.stack([image_gram, token_gram]), relations @ relations.mT])
+    image, token, teacher, student = unit_diagonal(grams).unbind()
     target = teacher.detach() if detach_teacher else teacher
     # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
     marginal, joint, fixed, of_student, both = renyi_entropy(

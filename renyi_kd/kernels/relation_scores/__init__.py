@@ -60,8 +60,7 @@ def _by_image(image_features: Tensor, directions: Tensor, offsets: Tensor | None
         from renyi_kd.kernels.relation_scores import triton
 
         return triton.relation_scores(image_features, directions, offsets, eps=eps)
-    scores = reference.relation_scores(image_features, directions, eps=eps)
-    return scores if offsets is None else scores + offsets[..., None]
+    return reference.relation_scores(image_features, directions, offsets, eps=eps)
 
 
 def _places(image_index: Sequence[int]) -> list[tuple[int, int]]:

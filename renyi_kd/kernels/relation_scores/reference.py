@@ -30,16 +30,19 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**18
 
 
-def relation_scores(image_features: Tensor, directions: Tensor, *, eps: float = 1e-5) -> Tensor:
+def relation_scores(
+    image_features: Tensor, directions: Tensor, offsets: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
     """Return the score of every pixel along every direction of its image.
 
     Args:
         image_features: ``[b, d, h, w]``, floating point, any strides.
         directions: ``[b, m, d]``: w, m of them per image; fp32, or fp64 for fp64 features.
+        offsets: ``[b, m]``: added to all scores of a direction; None for zeros.
         eps: added to the variance.
 
     Returns:
-        ``[b, m, h * w]`` in the dtype of ``directions``. First derivatives for both tensors.
+        ``[b, m, h * w]`` in the dtype of ``directions``. First derivatives for all tensors.
 
     Raises:
         NotImplementedError: a second derivative is asked for.
@@ -50,16 +53,14 @@ def relation_scores(image_features: Tensor, directions: Tensor, *, eps: float = 
     Source: the attention score of InfoSAM (ICML 2025), with the key projection folded into w by associativity.
 
     """
-    centred = directions - directions.mean(-1, keepdim=True)
-    scores: Tensor = _RelationScores.apply(image_features, centred, eps)  # type: ignore[no-untyped-call]
+    scores: Tensor = _RelationScores.apply(image_features, directions, offsets, eps)  # type: ignore[no-untyped-call]
     return scores
 
 
 class _RelationScores(torch.autograd.Function):
-    """Scores ``[b, m, h * w]`` of m centred directions ``[b, m, d]`` per image."""
-
     @staticmethod
-    def forward(ctx: Any, image_features: Tensor, directions: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, image_features: Tensor, directions: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
+        directions = _centred(directions)
         n_images, n_channels, height, width = image_features.shape
         averaging = directions.new_full((n_images, 1, n_channels), 1 / n_channels)
         products = directions.new_empty(n_images, directions.shape[1] + 1, height * width)
@@ -82,10 +83,10 @@ class _RelationScores(torch.autograd.Function):
             rest = directions.sum(-1, keepdim=True)
             scores = torch.addcmul(products[:, :-1], rest, mean, value=-1).mul_(rstd)
         ctx.save_for_backward(image_features, directions, mean.clone(), rstd, scores)
-        return scores
+        return scores if offsets is None else scores + offsets[..., None]
 
     @staticmethod
-    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         # Grad mode is on here only under create_graph=True. once_differentiable would not do: with a constant
         # upstream gradient it detaches silently, and a gradient penalty becomes zero.
         if torch.is_grad_enabled():
@@ -95,7 +96,7 @@ class _RelationScores(torch.autograd.Function):
             )
         image_features, directions, mean, rstd, scores = ctx.saved_tensors
         n_channels = image_features.shape[1]
-        needs_features, needs_directions, _ = ctx.needs_input_grad
+        needs_features, needs_directions, needs_offsets, _ = ctx.needs_input_grad
         grad_features = _empty_gradient(image_features) if needs_features else None
         grad_directions = torch.zeros_like(directions) if needs_directions else None
         with torch.autocast(image_features.device.type, enabled=False):
@@ -127,7 +128,16 @@ class _RelationScores(torch.autograd.Function):
                         out.baddbmm_(vectors[:, :-1].mT, by_vector[:, :-1])
                 if not in_place:
                     target.copy_(gradient)
-        return grad_features, grad_directions, None
+        return (
+            grad_features,
+            None if grad_directions is None else _centred(grad_directions),
+            grad_scores.sum(-1) if needs_offsets else None,
+            None,
+        )
+
+
+def _centred(directions: Tensor) -> Tensor:
+    return directions - directions.mean(-1, keepdim=True)
 
 
 def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
