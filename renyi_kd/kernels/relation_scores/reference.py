@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.kernels.huge_pages import advise_huge_pages
+
 # 1 MiB in fp32: a block and what is derived from it fit in a 2 MiB L2 cache.
 _BLOCK_ELEMENTS = 2**18
 
@@ -188,5 +190,5 @@ def _empty_gradient(image_features: Tensor) -> Tensor:
     """Return an uninitialised map of the same shape whose pixels merge, channels last if the map's are."""
     n_images, n_channels, height, width = image_features.shape
     if image_features.stride(1) == 1:
-        return image_features.new_empty(n_images, height, width, n_channels).permute(0, 3, 1, 2)
-    return image_features.new_empty(n_images, n_channels, height, width)
+        return advise_huge_pages(image_features.new_empty(n_images, height, width, n_channels)).permute(0, 3, 1, 2)
+    return advise_huge_pages(image_features.new_empty(n_images, n_channels, height, width))
