@@ -52,7 +52,23 @@ def label(row: dict[str, str]) -> str:
     return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
 
 
-TABLES = {"loss_cpu": loss_table, "kernels_cpu": kernels_table}
+def families_table(rows: list[dict[str, str]]) -> str:
+    """Return the table of what was asserted of every SAM family as Markdown."""
+    columns = {
+        "family": "family",
+        "image_features": "image features",
+        "mask_tokens": "mask tokens",
+        "gradients": "gradients",
+        "prompts": "several prompts",
+        "compile": "compile",
+        "run_with": "run with",
+    }
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
+    return "\n".join([*lines, "", f"Run with torch {' and '.join(dict.fromkeys(row['torch'] for row in rows))}."])
+
+
+TABLES = {"loss_cpu": loss_table, "kernels_cpu": kernels_table, "families": families_table}
 
 
 def with_tables(readme: str) -> str:

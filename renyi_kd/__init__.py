@@ -9,10 +9,13 @@ from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
 from renyi_kd.moments import mutual_information_of, renyi_entropy_of
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap, tap
+from renyi_kd.teacher import AdapterDisabled, CachedTeacher, Teacher
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterDisabled",
+    "CachedTeacher",
     "Implementation",
     "InfoSAMLoss",
     "InfoSAMTerms",
@@ -20,6 +23,7 @@ __all__ = [
     "RelationModule",
     "SAMFeatures",
     "Tap",
+    "Teacher",
     "conditional_entropy",
     "gram_matrix",
     "implementation",

@@ -19,8 +19,9 @@ class _Map(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a mask decoder: its image features and its tokens by number."""
+    """One call of a mask decoder: its name, its image features and its tokens by number."""
 
+    decoder: str
     image: _Map
     tokens: dict[int, Tensor]
 
@@ -54,20 +55,20 @@ class Capture:
         """Whether backward has run through the calls."""
         return self._backward.seen
 
-    def add_image(self, image_features: Tensor) -> None:
-        """Begin a call on these image features."""
+    def add_image(self, image_features: Tensor, decoder: str = "") -> None:
+        """Begin a call of a decoder on these image features."""
         image = _Map(image_features, _version(image_features))
         same = (call.image for call in self._calls if _are_one(call.image, image))
-        self._open = _Call(next(same, image), {})
+        self._open = _Call(decoder, next(same, image), {})
 
-    def add_tokens(self, number: int, tokens: Tensor) -> None:
-        """Add mask token ``number`` of the open call, ``[..., d]`` with one row per sample."""
+    def add_tokens(self, number: int | None, tokens: Tensor) -> None:
+        """Add mask token ``number``, or the next, of the open call: ``[..., d]`` with one row per sample."""
         if self._open is None:
             raise RuntimeError(
                 "tap: image_features must be seen before mask_tokens in every forward, got mask tokens first; "
                 "name a module of image_features that runs before the one of mask_tokens"
             )
-        self._open.tokens[number] = tokens
+        self._open.tokens[len(self._open.tokens) if number is None else number] = tokens
 
     def watch(self, value: Any) -> None:
         """Note when backward runs through a tensor of the model, alone or in a module's output."""
@@ -81,10 +82,13 @@ class Capture:
                 self.watch(item)
 
     def end_call(self) -> None:
-        """Count the open call, which has all its tokens; more may follow for the same image features."""
-        if self._open is not None:
+        """Count the open call, which has all its tokens; more may follow for the same image features.
+
+        A call whose tokens no hook has seen, as in a part of the model that was compiled before, does not count.
+        """
+        if self._open is not None and self._open.tokens:
             self._calls.append(self._open)
-            self._open = _Call(self._open.image, {})
+            self._open = _Call(self._open.decoder, self._open.image, {})
 
     def end_forward(self) -> None:
         """Let no later tokens belong to the image features that were last seen."""
@@ -97,10 +101,16 @@ class Capture:
             RuntimeError: the calls do not fit together, or image features were overwritten since.
 
         """
+        decoders = list(dict.fromkeys(call.decoder for call in self._calls))
+        if len(decoders) > 1:
+            raise RuntimeError(
+                f"tap: one mask decoder must run in a step, got calls of {' and '.join(map(repr, decoders))}, whose "
+                "features must not mix; tap the part of the model whose decoder is meant"
+            )
         first_image: dict[int, int] = {}
         maps: list[Tensor] = []
         rows, index = [], []
-        for image, by_number in self._calls:
+        for _, image, by_number in self._calls:
             if image.version != _version(image.value):
                 raise RuntimeError(
                     "tap: image features must stay as they are until the loss is computed, got features that were "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Family(NamedTuple):
@@ -16,6 +16,7 @@ class Family(NamedTuple):
         image_argument: the decoder's argument that holds the image features ``[b, d, h, w]``.
         image_position: its position when it is not passed by name.
         token_modules: the attribute with one module per mask token; the input of module i is mask token i.
+        token_embedding: the submodule that holds the initial mask tokens, and so their number.
 
     """
 
@@ -24,8 +25,18 @@ class Family(NamedTuple):
     image_argument: str
     image_position: int
     token_modules: str
+    token_embedding: str
 
 
+class Unsupported(NamedTuple):
+    """A model for segmentation without mask tokens: how it is recognised, and what to say."""
+
+    marks: frozenset[str]
+    reason: str
+
+
+# One entry serves Meta's decoder and all its descendants (SAM-HQ, SAM 2 and 3, EdgeTAM, the distilled SAMs, those of
+# kornia and transformers): they kept the names of these parts, whatever they added to them.
 FAMILIES = (
     Family(
         name="SAM mask decoder (segment_anything and its kin, transformers' SamModel)",
@@ -33,15 +44,67 @@ FAMILIES = (
         image_argument="image_embeddings",
         image_position=0,
         token_modules="output_hypernetworks_mlps",
+        token_embedding="mask_tokens",
+    ),
+)
+
+_NAME_PLACES = "name what stands for both features: tap(model, image_features='path', mask_tokens='path')"
+
+UNSUPPORTED = (
+    Unsupported(
+        frozenset({"detr_decoder"}),
+        "a DETR, whose object queries know no prompt; take Sam3TrackerModel, which has SAM 3's encoder and a mask "
+        f"decoder, or {_NAME_PLACES}",
+    ),
+    Unsupported(
+        frozenset({"image_encoder", "mask_decoder"}),
+        "whose mask decoder has no mask_tokens with output_hypernetworks_mlps (MONAI's CellSamWrapper decodes by "
+        f"convolutions); keep the SAM's own decoder, or {_NAME_PLACES}",
     ),
 )
 
 
-def find_decoders(model: nn.Module) -> list[tuple[nn.Module, Family]]:
+class Decoder(NamedTuple):
+    """A mask decoder that was found in a model."""
+
+    name: str
+    module: nn.Module
+    family: Family
+
+    @property
+    def token_modules(self) -> list[nn.Module]:
+        """The hypernetworks: one for each mask token, or one for all."""
+        modules = getattr(self.module, self.family.token_modules)
+        return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
+
+    def mask_tokens(self, number: int, value: Tensor) -> list[tuple[int | None, Tensor]]:
+        """Return what the input of hypernetwork ``number`` holds: pairs of a mask token's number and ``[..., d]``.
+
+        AutoGluon's Conv-LoRA passes all tokens to the first, ``[b, p, n, d]``. A hypernetwork that several tokens share
+        gets them at once, ``[s, n, d]``, or in one call after the other, and the number is then that of the call.
+        """
+        n_tokens = getattr(getattr(self.module, self.family.token_embedding), "num_embeddings", 1)
+        shared = n_tokens > 1 and len(self.token_modules) == 1
+        if value.ndim == 4 or (shared and value.ndim == 3 and value.shape[1] == n_tokens):
+            return list(enumerate(value.unbind(-2)))
+        return [(None if shared else number, value)]
+
+
+def find_decoders(model: nn.Module) -> list[Decoder]:
     """Return every mask decoder in ``model``: two where peft keeps a trained copy beside the original."""
     return [
-        (module, family)
-        for module in model.modules()
+        Decoder(name, module, family)
+        for name, module in model.named_modules()
         for family in FAMILIES
-        if family.marks <= {name for name, _ in module.named_children()}
+        if family.marks <= {child for child, _ in module.named_children()}
     ]
+
+
+def why_unsupported(model: nn.Module) -> str | None:
+    """Return why a model without a known mask decoder has no mask tokens, and the way out; None if it is unknown."""
+    for module in model.modules():
+        children = {name for name, _ in module.named_children()}
+        for unsupported in UNSUPPORTED:
+            if unsupported.marks <= children:
+                return unsupported.reason
+    return None

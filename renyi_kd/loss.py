@@ -16,6 +16,7 @@ from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
+from renyi_kd.teacher import CachedTeacher, Teacher
 
 Token = Literal["first", "all"] | int
 
@@ -164,50 +165,53 @@ class InfoSAMLoss(nn.Module):
         self._relation_grams: tuple[Tensor, Tensor] | None = None
         self._known_pair: tuple[int, int] | None = None
 
-    def forward(self, teacher: Tap | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
+    def forward(self, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
         """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
         return self.terms(teacher, student, batch).loss
 
-    def terms(self, teacher: Tap | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> InfoSAMTerms:
+    def terms(self, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> InfoSAMTerms:
         """Return the loss of a step and its two terms, in bits.
 
         A tapped student contributes what it computed since the last call, or is run on ``batch`` if there is nothing.
-        A tapped teacher is always run here, on ``batch``, in eval mode and without gradient.
+        The teacher is always run here, on ``batch``, in eval mode and without gradient.
 
         Args:
-            teacher: the tap of the frozen model, or its :class:`SAMFeatures`.
+            teacher: the tap of the frozen model, :class:`AdapterDisabled`, :class:`CachedTeacher`, anything else with
+                their two members, or :class:`SAMFeatures`.
             student: the tap of the model in training, or its :class:`SAMFeatures`.
             batch: what the models run on. May be None if the student has run (the teacher then runs on what it ran
                 on, which may be several batches), or if no teacher has to run.
 
         Raises:
-            TypeError: ``teacher`` or ``student`` is neither a tap nor features.
+            TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
             RuntimeError: a tap has nothing to give; see :meth:`Tap.take` and :meth:`Tap.observe`.
             ValueError: as :func:`infosam_terms`; or teacher and student share modules.
 
         """
-        for name, source in (("teacher", teacher), ("student", student)):
-            if not isinstance(source, Tap | SAMFeatures):
+        kinds = (("teacher", teacher, (Teacher, SAMFeatures)), ("student", student, (Tap, SAMFeatures)))
+        for name, source, allowed in kinds:
+            if not isinstance(source, allowed):
                 raise TypeError(
                     f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
                     f"attach to a model once, before the loop: {name} = tap(model)"
                 )
-        if isinstance(teacher, Tap) and isinstance(student, Tap):
-            self._refuse_shared_weights(teacher, student)
+        frozen = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+        if isinstance(frozen, Tap) and isinstance(student, Tap):
+            self._refuse_shared_weights(frozen, student)
         # What the student ran on, rather than the batch: its prompts may have been made in the loop. A function of
         # the user's for the teacher takes the batch.
         uses_pending = isinstance(student, Tap) and student.pending and torch.is_grad_enabled()
         batches = student.batches if isinstance(student, Tap) and uses_pending else ()
-        if batch is not None and (not batches or (isinstance(teacher, Tap) and teacher.has_call)):
+        if batch is not None and (not batches or (not isinstance(teacher, SAMFeatures) and teacher.needs_batch)):
             batches = (batch,)
-        if isinstance(teacher, Tap) and not batches:
+        if not isinstance(teacher, SAMFeatures) and not batches:
             raise ValueError(
                 "InfoSAMLoss: batch must be given for the teacher to run on, got None; pass what the student ran on, "
                 "or run the student through its tap: student(batch)"
             )
         # The student first: what it has collected may be stale, and a teacher's forward is dear.
         student_features = student.take(batch) if isinstance(student, Tap) else student
-        teacher_features = teacher.observe(*batches) if isinstance(teacher, Tap) else teacher
+        teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
         terms, self._relation_grams = _relation_terms(
             self.relation,
             _with_token("teacher", teacher_features, self.token),
@@ -231,7 +235,7 @@ class InfoSAMLoss(nn.Module):
             raise ValueError(
                 "InfoSAMLoss: teacher and student must be models of their own, got models that share modules"
                 f"{f', of which {shared[0]} is trained' if shared else ''}; copy the teacher before PEFT changes the "
-                "model in place: teacher = tap(copy.deepcopy(model))"
+                "model in place: teacher = tap(copy.deepcopy(model)), or use AdapterDisabled(student)"
             )
         self._known_pair = (id(teacher), id(student))
 

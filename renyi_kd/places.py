@@ -25,7 +25,7 @@ def modules_at(model: nn.Module, argument: str, place: Place) -> list[nn.Module]
             f"tap: {argument} must be a path or a pair of a path and a function, got {place!r}; "
             "a path is a name of model.named_modules()"
         )
-    modules = [module for name, module in model.named_modules() if _plain(name) == _plain(path)]
+    modules = [module for name, module in model.named_modules() if plain(name) == plain(path)]
     if not modules:
         last = path.rpartition(".")[2]
         near = [name for name, _ in model.named_modules() if last and last in name][:8]
@@ -36,7 +36,8 @@ def modules_at(model: nn.Module, argument: str, place: Place) -> list[nn.Module]
     return modules
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return the name of a module without what wrappers put into it."""
     return _WRAPPERS.sub("", f".{name}.").strip(".")
 
 

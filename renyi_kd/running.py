@@ -17,7 +17,7 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 
     Raises:
         TypeError: the batch is none of these.
-        ValueError: it holds no argument of the forward.
+        ValueError: it holds no argument of the forward, or is a list of dicts for a model of transformers.
 
     """
     if isinstance(batch, Mapping):
@@ -33,6 +33,11 @@ def run_model(model: nn.Module, batch: Any) -> Any:
         return model(batch)
     if isinstance(batch, tuple | list) and batch:
         if all(isinstance(item, Mapping) for item in batch):
+            if "pixel_values" in forward_parameters(model):
+                raise ValueError(
+                    "tap: batch must be a mapping for a model of transformers, got a list of dicts, Meta's format; "
+                    "pass tap(model, call=lambda model, batch: ...)"
+                )
             multimask = forward_parameters(model).get("multimask_output")
             required = multimask is not None and multimask.default is inspect.Parameter.empty
             return model(list(batch), multimask_output=False) if required else model(list(batch))

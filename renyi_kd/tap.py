@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.capture import Capture
-from renyi_kd.families import FAMILIES, Family, find_decoders
+from renyi_kd.families import FAMILIES, Decoder, find_decoders, why_unsupported
 from renyi_kd.features import SAMFeatures
-from renyi_kd.places import Place, modules_at, taken
+from renyi_kd.places import Place, modules_at, plain, taken
 from renyi_kd.running import differ, evaluating, forward_parameters, run_model
 
 Call = Callable[[nn.Module, Any], Any]
@@ -143,7 +143,7 @@ class Tap:
             self.clear()
             raise RuntimeError(
                 "tap: the loss must be computed before backward, got a capture that backward has already run through; "
-                "add the loss to the task loss and call backward once (the stale capture is dropped)"
+                "run the student, then compute the loss, then call backward once on the sum (the capture is dropped)"
             )
         if len(self._capture) == 0:
             if batch is None:
@@ -213,29 +213,41 @@ class Tap:
         return len(self._capture) > 0
 
     @property
-    def has_call(self) -> bool:
-        """Whether the model is run by a function of the user's."""
+    def needs_batch(self) -> bool:
+        """Whether the model is run by a function of the user's, which takes the batch and nothing else."""
         return self._call is not None
 
-    def _attach_to_decoders(self, decoders: list[tuple[nn.Module, Family]]) -> None:
-        for decoder, family in decoders:
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Keep what was collected out of reach, and put it back in the end."""
+        before = self._capture, self._batches, self._ran_without_gradient
+        self.clear()
+        try:
+            yield
+        finally:
+            self._capture, self._batches, self._ran_without_gradient = before
 
-            def begin(tap: Tap, args: Any, kwargs: Any, family: Family = family) -> None:
+    def _attach_to_decoders(self, decoders: list[Decoder]) -> None:
+        for decoder in decoders:
+
+            def begin(tap: Tap, args: Any, kwargs: Any, decoder: Decoder = decoder) -> None:
+                family = decoder.family
                 # Where the argument is missing the model's own error follows.
                 if family.image_argument in kwargs:
-                    tap._add_image(kwargs[family.image_argument])
+                    tap._add_image(kwargs[family.image_argument], plain(decoder.name))
                 elif len(args) > family.image_position:
-                    tap._add_image(args[family.image_position])
+                    tap._add_image(args[family.image_position], plain(decoder.name))
 
-            self._hook_before(decoder, begin)
-            for number, module in enumerate(getattr(decoder, family.token_modules)):
+            self._hook_before(decoder.module, begin)
+            for number, module in enumerate(decoder.token_modules):
 
-                def add(tap: Tap, args: Any, _kwargs: Any, number: int = number) -> None:
-                    tap._capture.add_tokens(number, args[0])
+                def add(tap: Tap, args: Any, _kwargs: Any, decoder: Decoder = decoder, number: int = number) -> None:
+                    for each, tokens in decoder.mask_tokens(number, args[0]):
+                        tap._capture.add_tokens(each, tokens)
                     tap._capture.watch(args[0])
 
                 self._hook_before(module, add)
-            self._hook_after(decoder, lambda tap, _args, _kwargs, output: tap._end_call(output))
+            self._hook_after(decoder.module, lambda tap, _args, _kwargs, output: tap._end_call(output))
 
     def _attach_to_places(self, image_features: Place, mask_tokens: Place) -> None:
         def add_image(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -262,10 +274,10 @@ class Tap:
     def _hook_after(self, module: nn.Module, react: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_hook(_Hook(self, react), with_kwargs=True))
 
-    def _add_image(self, image_features: Tensor) -> None:
+    def _add_image(self, image_features: Tensor, decoder: str = "") -> None:
         if self._capture.differentiated:
             self.clear()
-        self._capture.add_image(image_features)
+        self._capture.add_image(image_features, decoder)
 
     def _end_call(self, output: Any) -> None:
         self._capture.watch(output)
@@ -312,7 +324,12 @@ class Tap:
 
     def _collect(self) -> SAMFeatures:
         if len(self._capture) == 0:
-            raise RuntimeError(self._explain_nothing("the model ran, and got nothing collected"))
+            raise RuntimeError(
+                self._explain_nothing(
+                    "got a run with nothing collected",
+                    "call the decoder in the forward, run it in tap(model, call=...), or name the places of another",
+                )
+            )
         try:
             image_features, mask_tokens, image_index = self._capture.features()
         finally:
@@ -322,7 +339,7 @@ class Tap:
             image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
         return SAMFeatures(image_features, mask_tokens, image_index)
 
-    def _explain_nothing(self, fact: str) -> str:
+    def _explain_nothing(self, fact: str, way_out: str = "pass a batch or run the model") -> str:
         if self._ran_without_gradient:
             return (
                 f"tap: the model must run with gradient to be a student, {fact}: its mask decoder ran without "
@@ -333,7 +350,7 @@ class Tap:
         hint = ""
         if any(_is_compiled(module) for module in self.model.modules()):
             hint = "; tap a compiled model before its first call, hooks that are set later never run"
-        return f"tap: the model must call its mask decoder before the loss, {fact}; pass a batch or run the model{hint}"
+        return f"tap: the model must call its mask decoder before the loss, {fact}; {way_out}{hint}"
 
     def _check_open(self) -> None:
         if not self._handles:
@@ -361,9 +378,15 @@ class _Hook:
         self._react = react
         self._without_gradient = without_gradient
 
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         tap = self._tap()
         if tap is not None and tap._listens(self._without_gradient):
+            # Replicas share the hooks, and their threads would mix images and tokens.
+            if not self._without_gradient and getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
+                    "GPU (DistributedDataParallel), or show the process a single GPU"
+                )
             self._react(tap, args, kwargs, *output)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -387,9 +410,12 @@ def _tap_again(model: nn.Module, image_features: Place | None, mask_tokens: Plac
     return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
 
 
-def _found_decoders(model: nn.Module) -> list[tuple[nn.Module, Family]]:
+def _found_decoders(model: nn.Module) -> list[Decoder]:
     decoders = find_decoders(model)
     if not decoders:
+        reason = why_unsupported(model)
+        if reason is not None:
+            raise ValueError(f"tap: model must have mask tokens, got {type(model).__name__}, {reason}")
         sought = "; ".join(f"a {family.name}: a module with {', '.join(sorted(family.marks))}" for family in FAMILIES)
         children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
         raise ValueError(

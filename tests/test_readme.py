@@ -35,7 +35,10 @@ def namespace():
 
     config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
     student = get_peft_model(hf_sam(dim=256), config)
-    batches = [{**hf_batch(2, 2, seed), "masks": torch.ones(2, 2, 32, 32)} for seed in range(2)]
+    batches = [
+        {**hf_batch(2, 2, seed), "masks": torch.ones(2, 2, 32, 32), "sample_id": [f"{seed} {i}" for i in range(2)]}
+        for seed in range(2)
+    ]
     return {
         "pretrained_sam": hf_sam(dim=256),
         "finetuned_sam": student,
@@ -46,7 +49,8 @@ def namespace():
 
 
 @pytest.mark.parametrize("index", range(len(PYTHON)))
-def test_python_blocks_run_in_order_and_print_what_they_say(index, namespace):
+def test_python_blocks_run_in_order_and_print_what_they_say(index, namespace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     expected = re.findall(r"^print\(.*\)  # (.*)$", PYTHON[index], re.MULTILINE)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(PYTHON[index], f"README.md block {index}", "exec"), namespace)

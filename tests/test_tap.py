@@ -693,7 +693,7 @@ def test_a_taken_capture_is_freed_with_the_loss():
 
 
 @pytest.mark.parametrize("make", [hf_sam, meta_sam], ids=["hf", "meta"])
-def test_memory_does_not_grow_over_a_thousand_steps(make):
+def test_memory_does_not_grow_over_many_steps(make):
     call, batch = (meta_forward, meta_batch()) if make is meta_sam else (None, hf_batch())
     # The encoder runs but is frozen: what could pile up are captures, the decoder's graph and the loss.
     models = [make(seed).requires_grad_(False) for seed in range(2)]
@@ -705,7 +705,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(make):
         tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    for step in range(1000):
+    for step in range(150):
         output = student(batch)
         task = output.pred_masks.mean() if call is None else sum(mask.mean() for mask in output)
         # Every seventh step goes without the loss, every fifth of those without backward.

@@ -1,0 +1,308 @@
+"""Teachers of the InfoSAM loss: a frozen model, the student without its adapters, and features cached on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from renyi_kd.encoder_cache import EncoderCache, fingerprint, of_image, probe, show_other_images
+from renyi_kd.features import SAMFeatures
+from renyi_kd.places import modules_at
+from renyi_kd.tap import Tap
+
+# The attribute that holds the image encoder, in Meta's models and their kin, and in transformers.
+_ENCODERS = ("image_encoder", "vision_encoder")
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What the loss asks of a teacher; the :class:`Tap` of a frozen model is one."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether it runs on the batch given to the loss rather than on the arguments that the student was run with."""
+        ...
+
+    def observe(self, *batches: Any) -> SAMFeatures:
+        """Return the features of the batches, computed in eval mode and without gradient."""
+        ...
+
+
+class AdapterDisabled:
+    """The student with its adapters and saved modules switched off: a teacher that needs no second copy of the weights.
+
+    Loss and gradients are those of a separate copy of the pre-trained model, bit for bit, as long as everything that
+    is trained can be switched off: adapters and ``modules_to_save`` of peft (0.20 or later). Which parameters require
+    grad is as before after every run.
+
+    Args:
+        student: the tap of the model in training.
+        disable: returns a context manager that switches off what is trained; None for ``disable_adapter`` of the peft
+            model inside.
+
+    Raises:
+        TypeError: ``student`` is not a tap.
+        ValueError: no peft model is found and ``disable`` is not given.
+
+    Cost: the teacher's forward; no memory for weights.
+
+    """
+
+    def __init__(self, student: Tap, *, disable: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
+        if not isinstance(student, Tap):
+            raise TypeError(
+                f"AdapterDisabled: student must be a tap, got {type(student).__name__}; attach first: tap(model)"
+            )
+        self.student = student
+        self._disable = disable
+        if disable is None:
+            _peft_model(student.model)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the student is run by a function of the user's."""
+        return self.student.needs_batch
+
+    def observe(self, *batches: Any) -> SAMFeatures:
+        """Return the features of the batches without adapters; what the student's tap has collected stays.
+
+        Raises:
+            ValueError: something is trained that stays on: a parameter outside the adapters, or the running statistics
+                of a BatchNorm in train mode.
+
+        """
+        model = self.student.model
+        with self.student.set_aside(), _same_requires_grad(model):
+            if self._disable is not None:
+                with self._disable():
+                    return self.student.observe(*batches)
+            _refuse_running_statistics(model)
+            with _peft_model(model).disable_adapter():
+                trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+                if trained:
+                    raise ValueError(
+                        "AdapterDisabled: what is trained must be switched off with the adapters, got parameters that "
+                        f"stay on: {', '.join(trained[:3])}{' ...' if len(trained) > 3 else ''}; put their modules "
+                        "into peft's modules_to_save, or take a copy as teacher: tap(copy.deepcopy(model))"
+                    )
+                return self.student.observe(*batches)
+
+
+class CachedTeacher:
+    """A frozen teacher whose image encoder runs once per image; afterwards its features come from disk.
+
+    While the model runs, its encoder answers from the cache; the rest runs as ever, with this step's prompts. What the
+    encoder returns is kept per image, in ``dtype``, and used in that precision from the first time on.
+
+    Args:
+        teacher: the tap of the frozen model.
+        folder: where the features lie, one file per image; several processes may share it.
+        sample_ids: the name under which a batch (or every dict of a list) holds one id per image, or a function from
+            the batch to the ids. An id stands for an image with its augmentations: what is flipped or cropped at
+            random needs an id of its own, or none of it.
+        preprocessing: anything that distinguishes how images are prepared, beside their size.
+        encoder: the path of the image encoder; None for the first ``image_encoder`` or ``vision_encoder``.
+        dtype: of the cached features, fp16 or bf16.
+        check_pixels: whether some pixels of every image are compared with those that were cached. On a GPU this waits
+            for the device.
+
+    Raises:
+        TypeError: ``teacher`` is not a tap, or ``dtype`` is neither fp16 nor bf16.
+        ValueError: no encoder is found.
+        ModuleNotFoundError: safetensors is not installed.
+
+    Cost: 2 bytes per number: 2 MiB for an image of a SAM 1 at 1024 pixels. A read of that and the decoder per step.
+
+    """
+
+    needs_batch = True
+
+    def __init__(
+        self,
+        teacher: Tap,
+        folder: str | Path,
+        *,
+        sample_ids: str | Callable[[Any], Sequence[str | int]] = "sample_id",
+        preprocessing: str = "",
+        encoder: str | None = None,
+        dtype: torch.dtype = torch.float16,
+        check_pixels: bool = True,
+    ) -> None:
+        if not isinstance(teacher, Tap):
+            raise TypeError(
+                f"CachedTeacher: teacher must be the tap of a frozen model, got {type(teacher).__name__}; "
+                "attach first: tap(model)"
+            )
+        self.teacher = teacher
+        self._encoder = encoder_of(teacher.model, encoder)
+        self._sample_ids = sample_ids
+        self._check_pixels = check_pixels
+        self._cache = EncoderCache(Path(folder), preprocessing=preprocessing, dtype=dtype)
+        self._weights = ""
+        self._versions: list[tuple[int, int]] = []
+
+    def observe(self, *batches: Any) -> SAMFeatures:
+        """Return the features of the batches; the encoder runs for images that are not cached yet.
+
+        Raises:
+            ValueError: the batches do not hold one id per image; or the cache is of other weights, another
+                preprocessing, image size or image, or holds a file that is not the cache's.
+
+        Warns:
+            UserWarning: a file is damaged; it is written again.
+
+        """
+        ids = [sample for batch in batches for sample in self._ids_of(batch)]
+        weights = self._fingerprint()
+        encode, n_images = self._encoder.forward, 0
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            nonlocal n_images
+            images = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+            if images is None:
+                raise ValueError(
+                    "CachedTeacher: the encoder must be called with a tensor of images, got none; "
+                    "use the tap itself as teacher"
+                )
+            samples = ids[n_images : n_images + len(images)]
+            n_images += len(images)
+            if len(samples) < len(images):
+                # The features are thrown away: the numbers are compared below.
+                return encode(*args, **kwargs)
+            return self._answer(samples, weights, images, lambda: encode(*args, **kwargs))
+
+        # Python and files, which torch.compile cannot trace.
+        with _forward_replaced(self._encoder, torch.compiler.disable(answer)):  # type: ignore[no-untyped-call]
+            features = self.teacher.observe(*batches)
+        if n_images != len(ids):
+            raise ValueError(
+                f"CachedTeacher: batches must hold one sample id per image that the encoder sees, got {len(ids)} ids "
+                f"and {n_images} images; give the ids in the order of the images, and images, not their embeddings"
+            )
+        return features
+
+    def _answer(self, samples: list[str], weights: str, images: Tensor, encode: Callable[[], Any]) -> Any:
+        size = tuple(images.shape[1:])
+        entries = [self._cache.read(sample, weights, size) for sample in samples]
+        if None in entries:
+            leaves, structure = tree_flatten(encode())
+            for row, (sample, seen) in enumerate(zip(samples, probe(images), strict=True)):
+                if entries[row] is None:
+                    of_row = [of_image(leaf, row, len(images)) for leaf in leaves]
+                    self._cache.write(sample, weights, size, of_row, structure, seen)
+                    entries[row] = self._cache.read(sample, weights, size)
+        found = [entry for entry in entries if entry is not None]
+        if self._check_pixels:
+            for sample, entry, seen in zip(samples, found, probe(images), strict=True):
+                if show_other_images(entry.probe, seen):
+                    raise ValueError(
+                        f"CachedTeacher: sample {sample!r} must be the image that was cached under this id, got other "
+                        "pixels; make random flips and crops part of the id, apply them after the features are known, "
+                        "or do without a cache"
+                    )
+        dtype = next((parameter.dtype for parameter in self._encoder.parameters()), torch.float32)
+        stacked = (torch.stack(leaf).to(images.device) for leaf in zip(*(entry.leaves for entry in found), strict=True))
+        values = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in stacked]
+        return tree_unflatten(values, found[0].structure)
+
+    def _ids_of(self, batch: Any) -> list[str]:
+        name = self._sample_ids
+        ids: Any = None
+        if callable(name):
+            ids = name(batch)
+        elif isinstance(batch, Mapping):
+            ids = batch.get(name)
+        elif isinstance(batch, tuple | list) and batch and all(isinstance(item, Mapping) for item in batch):
+            ids = [item[name] for item in batch if name in item]
+        if isinstance(ids, Tensor):
+            ids = ids.flatten().tolist()
+        if isinstance(ids, str | int):
+            ids = [ids]
+        if not ids or not all(isinstance(sample, str | int) for sample in ids):
+            what = f"{name!r} of the batch" if isinstance(name, str) else "sample_ids(batch)"
+            raise ValueError(
+                f"CachedTeacher: {what} must be one id (a string or an integer) per image, got {ids!r}; add the ids to "
+                "the batch that the loss is given, or pass sample_ids=lambda batch: [...]"
+            )
+        return [str(sample) for sample in ids]
+
+    def _fingerprint(self) -> str:
+        # Digesting the weights takes a second or so; whether they were changed since is known from their versions.
+        tensors = (*self._encoder.parameters(), *self._encoder.buffers())
+        versions = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if versions != self._versions:
+            self._weights, self._versions = fingerprint(self._encoder), versions
+        return self._weights
+
+
+def _peft_model(model: nn.Module) -> Any:
+    for module in model.modules():
+        if hasattr(module, "disable_adapter") and hasattr(module, "peft_config"):
+            return module
+    raise ValueError(
+        f"AdapterDisabled: student must hold a peft model, got {type(model).__name__} without one; wrap it with "
+        "peft.get_peft_model, pass disable=, or use a copy as teacher: tap(copy.deepcopy(model))"
+    )
+
+
+def _refuse_running_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        # What peft saves is a copy that the teacher does not use.
+        if is_norm and module.training and module.track_running_stats and "modules_to_save" not in name:
+            raise ValueError(
+                "AdapterDisabled: BatchNorm outside the adapters must be in eval mode, got train mode, in which its "
+                f"running statistics follow the student, at {name!r}; call .eval() on it after train(), or take a copy "
+                "as teacher"
+            )
+
+
+@contextmanager
+def _same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Put back which parameters require grad; peft switches all of its own on again."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let the module answer with another function, by an attribute of its own that hides the class's."""
+    had = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
+
+
+def encoder_of(model: nn.Module, path: str | None) -> nn.Module:
+    """Return the image encoder of a model, or the module at ``path``.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    if path is not None:
+        return modules_at(model, "encoder", path)[0]
+    module: nn.Module
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _ENCODERS:
+            return module
+    raise ValueError(
+        f"CachedTeacher: the teacher must have an image encoder, got {type(model).__name__} without "
+        f"{' or '.join(_ENCODERS)}; name it: encoder='path.of.module'"
+    )
