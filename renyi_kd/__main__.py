@@ -1,0 +1,91 @@
+"""Print what a tap finds in a model: ``python -m renyi_kd MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from renyi_kd.report import report
+from renyi_kd.running import forward_parameters
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 if a tap attaches, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m renyi_kd", description="Print what a tap finds in a model.")
+    parser.add_argument(
+        "model",
+        help="name or folder of a transformers model (its weights are not loaded), or module:factory, a function "
+        "without arguments that returns a model",
+    )
+    parser.add_argument(
+        "--batch", help="module:function that returns a batch to run the model on; a transformers model gets its own"
+    )
+    parser.add_argument("--call", help="module:function of model and batch that runs the model")
+    options = parser.parse_args(arguments)
+    # The current folder comes first, as for python -m.
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        if _is_function(options.model):
+            model = _function(options.model)()
+            if not isinstance(model, nn.Module):
+                raise TypeError(
+                    f"renyi_kd: {options.model} must return a torch.nn.Module, got {type(model).__name__}; "
+                    "name a function that builds the model"
+                )
+            batch = _function(options.batch)() if options.batch else None
+        else:
+            model = _transformers_model(options.model)
+            batch = _function(options.batch)() if options.batch else _transformers_batch(model)
+        print(report(model, batch, call=_function(options.call) if options.call else None))
+    except (ImportError, AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_function(name: str) -> bool:
+    return ":" in name and not Path(name).exists()
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"renyi_kd: a function must be given as module:function, got {name!r}; as in train:make_model")
+    return getattr(importlib.import_module(module), function)
+
+
+def _transformers_model(name: str) -> nn.Module:
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"renyi_kd: transformers must be installed to look at {name!r}, got none; "
+            "pip install transformers, or name a function of yours: module:factory"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(name)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    # Structure and shapes need no weights.
+    with torch.device("meta"):
+        model: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
+    return model
+
+
+def _transformers_batch(model: Any) -> dict[str, Any] | None:
+    """Return two images with one box each, of the size that the configuration names; None if it takes no such batch."""
+    configs = (getattr(model.config, name, None) for name in ("prompt_encoder_config", "vision_config"))
+    size = next((size for config in configs if (size := getattr(config, "image_size", None))), None)
+    if not isinstance(size, int) or not {"pixel_values", "input_boxes"} <= forward_parameters(model).keys():
+        return None
+    with torch.device("meta"):
+        return {"pixel_values": torch.empty(2, 3, size, size), "input_boxes": torch.zeros(2, 1, 4)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""``python -m renyi_kd MODEL``: what it says of models that attach, and of those that do not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from renyi_kd.__main__ import main
+from renyi_kd.report import report
+from tests.support.models import hf_batch, hf_sam, meta_batch, meta_sam
+
+ROOT = Path(__file__).parent.parent
+MODELS = "tests.support.models"
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        found.setdefault(line[:15].strip(), []).append(line[16:])
+    return found
+
+
+def frozen_sam() -> nn.Module:
+    return hf_sam().requires_grad_(False)
+
+
+def lora_sam() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(hf_sam(), LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"]))
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no such checkpoint")
+
+
+def test_a_model_and_its_batch(capsys):
+    assert main([f"{MODELS}:hf_sam", "--batch", f"{MODELS}:hf_batch"]) == 0
+    found = lines(capsys.readouterr().out)
+    assert found["model"] == ["SamModel, 27.1 k parameters"]
+    assert found["family"] == [
+        "SAM, by iou_token, mask_tokens, output_hypernetworks_mlps, transformer of its mask decoder"
+    ]
+    assert found["mask decoder"] == ["mask_decoder"]
+    assert found["image features"] == ["image_embeddings= of mask_decoder, [2, 16, 4, 4] in float32, with gradient"]
+    assert found["mask tokens"] == [
+        "input of mask_decoder.output_hypernetworks_mlps, 4 of them, [2, 4, 16] in float32, with gradient"
+    ]
+    assert found["token layout"] == ["0 iou | 1 to 4 mask | from 5 on prompts"]
+    assert found["loss"] == ["InfoSAMLoss(dim=16)"]
+    assert found["image encoder"] == ["vision_encoder"]
+    assert "10.7 k in mask_decoder" in found["trainable"]
+    assert found["missing"] == ["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "layout", "grid"),
+    [
+        ("SamModel", "SAM,", "0 iou | 1 to 4 mask | from 5 on prompts", 64),
+        ("SamHQModel", "SAM-HQ,", "0 iou | 1 to 4 mask | 5 HQ | from 6 on prompts", 64),
+        ("Sam2Model", "SAM 2 or 3,", "0 object score | 1 iou | 2 to 5 mask | from 6 on prompts", 64),
+    ],
+)
+def test_a_transformers_folder_is_looked_at_without_its_weights(kind, variant, layout, grid, tmp_path, capsys):
+    import transformers
+
+    if not hasattr(transformers, kind):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = getattr(transformers, kind).config_class()
+    config.architectures = [kind]
+    config.save_pretrained(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    found = lines(capsys.readouterr().out)
+    assert found["family"][0].startswith(variant)
+    assert found["token layout"] == [layout]
+    if transformers.__version__.startswith("4."):
+        # Its models read a number back in their forward, which the meta device refuses.
+        assert "a run as a student: Tensor.item() cannot be called on meta tensors" in found["missing"]
+        return
+    assert f"[2, 256, {grid}, {grid}]" in found["image features"][0]
+    assert found["missing"] == ["nothing"]
+
+
+def test_meta_style_models_run_by_a_function(capsys):
+    arguments = [f"{MODELS}:meta_sam", "--batch", f"{MODELS}:meta_batch"]
+    assert main([*arguments, "--call", f"{MODELS}:meta_forward"]) == 0
+    assert lines(capsys.readouterr().out)["missing"] == ["nothing"]
+    assert main(arguments) == 0
+    found = lines(capsys.readouterr().out)
+    assert "[2, 16, 4, 4] in float32, without gradient" in found["image features"][0]
+    assert "must run with gradient to be a student" in found["missing"][0]
+
+
+def test_what_peft_trains_and_what_a_teacher_does_not():
+    found = lines(report(lora_sam(), hf_batch()))
+    assert found["mask decoder"] == [
+        "base_model.model.mask_decoder.original_module and base_model.model.mask_decoder.modules_to_save.default"
+    ]
+    assert found["image encoder"] == ["vision_encoder"]
+    assert sorted(line.split(" in ")[1] for line in found["trainable"]) == ["mask_decoder", "vision_encoder"]
+    found = lines(report(frozen_sam(), hf_batch()))
+    assert found["trainable"] == ["nothing"]
+    assert any("every parameter is frozen" in line for line in found["missing"])
+
+
+def test_a_model_that_cannot_be_run_is_still_described():
+    found = lines(report(meta_sam(), [{"image": torch.zeros(3, 7, 7), "original_size": (7, 7)}]))
+    assert found["mask decoder"] == ["mask_decoder"]
+    assert found["missing"][0].startswith("a run as a student: ")
+    assert lines(report(meta_sam()))["missing"] == ["shapes: no batch to run the model on"]
+
+
+def test_the_model_is_left_without_hooks():
+    model = meta_sam()
+    report(model, meta_batch())
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["torch.nn:Identity"], "tap: model must hold a mask decoder that is known, got Identity"),
+        (["nowhere:model"], "No module named 'nowhere'"),
+        (["torch.nn:Nothing"], "has no attribute 'Nothing'"),
+        ([f"{MODELS}:hf_batch"], "must return a torch.nn.Module, got dict"),
+        (["tests.test_report:fails"], "no such checkpoint"),
+        ([f"{MODELS}:hf_sam", "--batch", "hf_batch"], "must be given as module:function, got 'hf_batch'"),
+    ],
+)
+def test_what_does_not_attach_is_one_line_and_status_one(arguments, pattern, capsys):
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert pattern in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_as_a_command(tmp_path):
+    (tmp_path / "train.py").write_text("from torch import nn\n\ndef make_model():\n    return nn.Linear(2, 2)\n")
+    command = [sys.executable, "-m", "renyi_kd", "train:make_model"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "must hold a mask decoder that is known, got Linear" in result.stderr
