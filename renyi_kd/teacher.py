@@ -207,8 +207,12 @@ class CachedTeacher:
                         "or do without a cache"
                     )
         dtype = next((parameter.dtype for parameter in self._encoder.parameters()), torch.float32)
-        stacked = (torch.stack(leaf).to(images.device) for leaf in zip(*(entry.leaves for entry in found), strict=True))
-        values = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in stacked]
+        values = []
+        # Autocast cannot stack fp16 on a CPU.
+        with torch.autocast("cpu", enabled=False):
+            for leaf in zip(*(entry.leaves for entry in found), strict=True):
+                value = torch.stack(leaf).to(images.device)
+                values.append(value.to(dtype) if value.is_floating_point() else value)
         return tree_unflatten(values, found[0].structure)
 
     def _ids_of(self, batch: Any) -> list[str]:

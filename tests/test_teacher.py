@@ -193,6 +193,21 @@ def test_the_loss_takes_a_cached_teacher(tmp_path):
         torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(tmp_path, low, kept):
+    batch, model = identified(hf_batch()), hf_sam()
+    teacher = CachedTeacher(tap(model), tmp_path, dtype=kept)
+    with torch.autocast("cpu", low):
+        expected = tap(model).observe(batch)
+        for _ in range(2):
+            features = teacher.observe(batch)
+            torch.testing.assert_close(features.image_features, expected.image_features.float(), rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(features.mask_tokens.float(), expected.mask_tokens.float(), rtol=0.1, atol=0.1)
+    # A cache that autocast filled serves without it.
+    assert teacher.observe(batch).mask_tokens.dtype == torch.float32
+
+
 def test_images_of_another_batch_order_and_partly_cached_ones(tmp_path):
     model = hf_sam()
     calls = count_encoder_calls(model)
