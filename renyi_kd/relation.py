@@ -79,7 +79,8 @@ class RelationModule(nn.Module):
             ValueError: the features do not have ``dim`` channels, or are on another device than the module.
 
         """
-        directions, offsets = self.collapse(mask_tokens, torch.promote_types(image_features.dtype, torch.float32))
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        directions, offsets = self.collapse(mask_tokens, dtype, impl=impl)
         return self.scores_along(image_features, directions, offsets, images, impl=impl)
 
     def scores_along(
@@ -95,7 +96,9 @@ class RelationModule(nn.Module):
         eps = self.layer_norm_feat.eps
         return relation_scores(image_features, directions, images, offsets=offsets, eps=eps, impl=impl)
 
-    def collapse(self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def collapse(
+        self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32, *, impl: Impl = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """Return w ``[s, n, d]`` and c ``[s, n]`` of mask tokens ``[s, n, d]``.
 
         Computed and returned in ``dtype``, or in fp64 if tokens or parameters are.
@@ -126,4 +129,5 @@ class RelationModule(nn.Module):
             feature_weight=features_norm.weight,
             feature_bias=features_norm.bias,
         )
-        return relation_directions(mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype)), weights, eps=norm.eps)
+        tokens = mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype))
+        return relation_directions(tokens, weights, eps=norm.eps, impl=impl)

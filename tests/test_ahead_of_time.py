@@ -19,9 +19,12 @@ KERNELS = {
     "_gram_moment_fwd_kernel",
     "_infosam_terms_bwd_kernel",
     "_infosam_terms_fwd_kernel",
+    "_relation_directions_bwd_kernel",
+    "_relation_directions_fwd_kernel",
     "_relation_grams_kernel",
     "_relation_scores_bwd_kernel",
     "_relation_scores_fwd_kernel",
+    "_relation_weights_bwd_kernel",
 }
 
 

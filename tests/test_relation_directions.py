@@ -39,7 +39,7 @@ def collapsed(mask_tokens: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]
 def value_and_gradients(function, values: tuple[Tensor, ...]) -> dict[str, Tensor]:
     leaves = [value.detach().clone().requires_grad_() for value in values]
     directions, offsets = function(*leaves)
-    upstream = [randn(*out.shape, seed=20 + i).to(out.dtype) * -1.7 for i, out in enumerate((directions, offsets))]
+    upstream = [randn(*out.shape, seed=20 + i).to(out) * -1.7 for i, out in enumerate((directions, offsets))]
     gradients = torch.autograd.grad([directions, offsets], leaves, upstream)
     named = {f"gradient of {name}": gradient for name, gradient in zip(NAMES, gradients, strict=True)}
     return {"directions": directions, "offsets": offsets, **named}

@@ -17,15 +17,20 @@ from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
 from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
 from renyi_kd.kernels.infosam_terms.terms import RelationTerms
+from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
 from renyi_kd.kernels.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
 from tests.support.kernels import LAYOUTS, check_gram, check_scores, inputs, value_and_gradients
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 from tests.test_golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
+from tests.test_relation_directions import inputs as directions_inputs
+from tests.test_relation_directions import textbook as textbook_directions
+from tests.test_relation_directions import value_and_gradients as of_directions
 
 batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
 from renyi_kd.kernels.gram_moment import triton as gram_moment_triton  # noqa: E402
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms_triton  # noqa: E402
+from renyi_kd.kernels.relation_directions import triton as relation_directions_triton  # noqa: E402
 from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,6 +122,54 @@ def test_scores_where_both_means_are_large():
     """The directions' mean meets what rounding leaves of the pixels'."""
     x, directions = on_device(*inputs((2, 64, 3, 5)))
     check_scores(x + 100, directions + 10, slack=4.0, impl="triton")
+
+
+# relation_directions.
+
+ROWS, TILE = relation_directions_triton.BLOCK_R, relation_directions_triton.BLOCK_W
+
+
+def check_directions(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
+    """Compare values and gradients with the reference's in fp64, at the budget of the textbook's."""
+    values = on_device(*directions_inputs(*shape, dtype))
+
+    def kernels(mask_tokens: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return relation_directions(mask_tokens, RelationWeights(*weights), impl="triton")
+
+    exact = of_directions(textbook_directions, tuple(value.double() for value in values))
+    eager = of_directions(textbook_directions, tuple(value.float() for value in values))
+    for name, value in of_directions(kernels, values).items():
+        assert value.dtype == (dtype if name.startswith("gradient") else torch.float32), name
+        # The interpreter sums a row one after the other, the textbook in a tree.
+        assert_within_budget(value, eager[name], exact[name].detach(), name=name, slack=4.0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS])
+def test_directions_of_any_number_of_tokens(n_tokens):
+    check_directions((n_tokens, 1, 40))
+
+
+@pytest.mark.parametrize("n_channels", [3, TILE - 1, TILE, TILE + 1, 2 * TILE + 5, 256])
+def test_directions_of_ragged_channels(n_channels):
+    check_directions((3, 2, n_channels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_directions_in_low_precision(dtype):
+    check_directions((3, 2, 40), dtype)
+
+
+def test_directions_of_a_dead_token_have_no_gradient():
+    tokens, *weights = on_device(*directions_inputs(3, 1, 40, torch.float32))
+    tokens[1] = 7.1
+    run = {}
+    for impl in ("triton", "reference"):
+        run[impl] = of_directions(
+            lambda z, *w, impl=impl: relation_directions(z, RelationWeights(*w), impl=impl), (tokens, *weights)
+        )
+    assert torch.equal(run["triton"]["gradient of mask_tokens"][1], torch.zeros_like(tokens[1]))
+    for name, value in run["triton"].items():
+        assert_close_on_scale(value, run["reference"][name], name=name, rtol=1e-5)
 
 
 # batch_gram.

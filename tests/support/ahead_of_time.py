@@ -28,9 +28,11 @@ from renyi_kd.kernels.batch_gram import triton as batch_gram
 from renyi_kd.kernels.gram_moment import triton as gram_moment
 from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
+from renyi_kd.kernels.relation_directions import triton as relation_directions
+from renyi_kd.kernels.relation_directions.weights import RelationWeights
 from renyi_kd.kernels.relation_scores import triton as relation_scores
 
-MODULES = (batch_gram, gram_moment, infosam_terms, relation_scores)
+MODULES = (batch_gram, gram_moment, infosam_terms, relation_directions, relation_scores)
 
 
 class Target(NamedTuple):
@@ -50,6 +52,7 @@ POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
+WEIGHTS = RelationWeights._fields
 
 
 class Recorder:
@@ -117,6 +120,8 @@ def record() -> dict[str, tuple]:
                 x = torch.empty(2, channels, height, width, dtype=dtype)
                 for layout in (torch.contiguous_format, torch.channels_last):
                     call_scores(x.contiguous(memory_format=layout))
+            for channels in (100, 256, 4096):
+                call_directions(channels, dtype)
             for samples in (2, 16, 64):
                 rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
                 batch_gram.batch_gram(rows).sum().backward()
@@ -134,6 +139,13 @@ def call_scores(x: Tensor) -> None:
     # The teacher's map gets no gradient, the student's does.
     relation_scores.relation_scores(x, directions, offsets).sum().backward()
     relation_scores.relation_scores(x.detach().requires_grad_(), directions, offsets).sum().backward()
+
+
+def call_directions(channels: int, dtype: torch.dtype) -> None:
+    shapes = [(channels, channels) if name in ("query_weight", "key_weight") else (channels,) for name in WEIGHTS]
+    tokens, *weights = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in [(2, 1, channels), *shapes])
+    directions, offsets = relation_directions.relation_directions(tokens, RelationWeights(*weights))
+    (directions.sum() + offsets.sum()).backward()
 
 
 def call_terms(samples: int) -> None:

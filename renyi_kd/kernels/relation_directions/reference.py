@@ -18,35 +18,12 @@ derivatives only.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class RelationWeights(NamedTuple):
-    """The weights of a relation module, as :func:`relation_directions` takes them.
-
-    Attributes:
-        norm_weight: ``[d]``, of the tokens' LayerNorm.
-        norm_bias: ``[d]``, likewise.
-        query_weight: ``[d, d]``, W_Q.
-        query_bias: ``[d]``, b_Q.
-        key_weight: ``[d, d]``, W_K.
-        key_bias: ``[d]``, b_K.
-        feature_weight: ``[d]``, gamma of the features' LayerNorm.
-        feature_bias: ``[d]``, its beta.
-
-    """
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    query_weight: Tensor
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    feature_weight: Tensor
-    feature_bias: Tensor
+from renyi_kd.kernels.relation_directions.weights import RelationWeights
 
 
 def relation_directions(mask_tokens: Tensor, weights: RelationWeights, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
