@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
+from renyi_kd.places import plain
+
 _FORMAT = "renyi_kd encoder output 1"
-# Enough to tell images and flips apart, few enough to cost nothing.
-_PROBED_VALUES = 64
+# A thumbnail tells images, flips and crops apart, also where most of an image is empty.
+_THUMBNAIL = 16
 
 
 class Entry(NamedTuple):
@@ -25,7 +28,7 @@ class Entry(NamedTuple):
     Attributes:
         leaves: its tensors, without the dimension of the batch.
         structure: how they were arranged.
-        probe: some values of the image it was computed from.
+        probe: a thumbnail of the image it was computed from.
 
     """
 
@@ -93,24 +96,26 @@ class EncoderCache:
             )
             return None
 
-    def write(
-        self, sample: str, weights: str, size: tuple[int, ...], leaves: list[Tensor], structure: TreeSpec, probe: Tensor
-    ) -> None:
-        """Write the entry of a sample in place of what was there.
+    def entry(self, sample: str, leaves: list[Tensor], structure: TreeSpec, probe: Tensor) -> Entry:
+        """Return the entry of a sample as it will be read.
 
         Raises:
             ValueError: a value does not fit into the dtype of the cache.
 
         """
+        return Entry([self._rounded(sample, leaf) for leaf in leaves], structure, probe)
+
+    def write(self, sample: str, weights: str, size: tuple[int, ...], entry: Entry) -> None:
+        """Write the entry of a sample in place of what was there."""
         from safetensors.torch import save_file
 
-        kept = {str(number): self._rounded(sample, leaf) for number, leaf in enumerate(leaves)}
-        metadata = {**self._identity(sample, weights, size), "structure": treespec_dumps(structure)}
+        kept = {str(number): leaf for number, leaf in enumerate(entry.leaves)}
+        metadata = {**self._identity(sample, weights, size), "structure": treespec_dumps(entry.structure)}
         path = self._path(sample)
         # A name of its own: other processes may be writing the same image.
         temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
         try:
-            save_file({**kept, "probe": probe.contiguous()}, temporary, metadata)
+            save_file({**kept, "probe": entry.probe.contiguous()}, temporary, metadata)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -152,25 +157,37 @@ class EncoderCache:
 
 
 def probe(images: Tensor) -> Tensor:
-    """Return some values of every image, ``[b, n]`` in fp32 on the CPU; waits for the device."""
-    flat = images.detach().flatten(1)
-    places = torch.linspace(0, flat.shape[1] - 1, min(_PROBED_VALUES, flat.shape[1]), device=flat.device).long()
-    return flat[:, places].float().cpu()
+    """Return a thumbnail of every image, ``[b, ...]`` in fp32 on the CPU; waits for the device."""
+    values = images.detach()
+    with torch.autocast(values.device.type, enabled=False):
+        if values.ndim == 4:
+            values = F.adaptive_avg_pool2d(values.float(), _THUMBNAIL)
+        return values.float().cpu()
 
 
 def show_other_images(cached: Tensor, seen: Tensor) -> bool:
     """Return whether two probes are of different images, beyond the rounding of another device or dtype."""
-    return cached.shape != seen.shape or bool((cached - seen).abs().max() > 0.02 * seen.abs().max().clamp_min(1e-3))
+    return cached.shape != seen.shape or bool((cached - seen).abs().max() > 0.005 * seen.abs().max().clamp_min(1e-3))
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return a digest of all weights and buffers that a module saves, with their names, shapes and dtypes."""
+    """Return a digest of all weights and buffers that a module saves, with their names, shapes and dtypes.
+
+    Raises:
+        TypeError: a weight is of a subclass of tensors whose numbers cannot be read.
+
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        on_cpu = value.detach().cpu().contiguous()
+        # The shards of FSDP; every process gets here, and gets the whole.
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if type(whole) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"CachedTeacher: the encoder's weights must be plain tensors, got {type(whole).__name__} at {name!r}; "
+                "use the tap itself as teacher"
+            )
+        digest.update(f"{plain(name)} {tuple(whole.shape)} {whole.dtype}".encode())
+        on_cpu = whole.detach().cpu().contiguous()
         digest.update((ctypes.c_char * on_cpu.nbytes).from_address(on_cpu.data_ptr()) if on_cpu.nbytes else b"")
     return digest.hexdigest()
 

@@ -211,7 +211,10 @@ class InfoSAMLoss(nn.Module):
             )
         # The student first: what it has collected may be stale, and a teacher's forward is dear.
         student_features = student.take(batch) if isinstance(student, Tap) else student
-        teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
+        if isinstance(teacher, CachedTeacher):
+            teacher_features = teacher.observe(*batches, ids_from=batches if batch is None else (batch,))
+        else:
+            teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
         terms, self._relation_grams = _relation_terms(
             self.relation,
             _with_token("teacher", teacher_features, self.token),
@@ -278,9 +281,8 @@ def _relation_terms(
     for value in (teacher_map, student.image_features, teacher_tokens, student.mask_tokens):
         dtype = torch.promote_types(dtype, value.dtype)
     tokens = torch.cat([teacher_tokens.to(dtype), student.mask_tokens.to(dtype)])
-    directions, offsets = (
-        (value[: len(teacher_tokens)], value[len(teacher_tokens) :]) for value in relation.collapse(tokens)
-    )
+    # Teacher and student have as many samples; chunks have one gradient, slices one each.
+    directions, offsets = (value.chunk(2) for value in relation.collapse(tokens, impl=impl))
     teacher_scores = relation.scores_along(teacher_map, directions[0], offsets[0], images, impl=impl)
     student_scores = relation.scores_along(student.image_features, directions[1], offsets[1], images, impl=impl)
     image_gram = batch_gram(teacher_map, impl=impl)

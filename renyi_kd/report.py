@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from renyi_kd.families import Decoder, find_decoders
 from renyi_kd.places import plain
+from renyi_kd.running import evaluating
 from renyi_kd.tap import Call, Tap, tap
 from renyi_kd.teacher import encoder_of
 
@@ -21,7 +22,8 @@ def report(model: nn.Module, batch: Any = None, *, call: Call | None = None) -> 
     """Return what a tap finds in a model: family, places, token layout, trainable parameters; one fact a line.
 
     Args:
-        model: any module, wrapped or not; on the meta device it needs no memory.
+        model: any module, wrapped or not, that has no tap yet: a tap would collect this run. On the meta device it
+            needs no memory.
         batch: what the model runs on, for the shapes of the features; None to leave the model unrun.
         call: as for :func:`tap`.
 
@@ -63,7 +65,9 @@ def _shapes(tapped: Tap, batch: Any, missing: list[str]) -> tuple[str, str]:
         missing.append("shapes: no batch to run the model on")
         return "", ""
     try:
-        tapped(batch)
+        # Running statistics stay as they are.
+        with evaluating(tapped.model):
+            tapped(batch)
         features = tapped.take()
     except Exception as error:
         # Whatever the model raises: its structure is worth a report all the same.

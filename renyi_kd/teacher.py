@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from renyi_kd.encoder_cache import EncoderCache, fingerprint, of_image, probe, show_other_images
+from renyi_kd.encoder_cache import EncoderCache, Entry, fingerprint, of_image, probe, show_other_images
 from renyi_kd.features import SAMFeatures
 from renyi_kd.places import modules_at
 from renyi_kd.tap import Tap
 
 # The attribute that holds the image encoder, in Meta's models and their kin, and in transformers.
 _ENCODERS = ("image_encoder", "vision_encoder")
+# Ways of peft to initialise LoRA that subtract what the adapter begins with from the base weights.
+_MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @runtime_checkable
@@ -43,14 +45,15 @@ class AdapterDisabled:
 
     Args:
         student: the tap of the model in training.
-        disable: returns a context manager that switches off what is trained; None for ``disable_adapter`` of the peft
-            model inside.
+        disable: returns a context manager that switches off what is trained, all of it, which is then yours to see to;
+            None for ``disable_adapter`` of the peft model inside.
 
     Raises:
         TypeError: ``student`` is not a tap.
-        ValueError: no peft model is found and ``disable`` is not given.
+        ValueError: no peft model is found and ``disable`` is not given, or its adapters began with a part of the
+            pre-trained weights (PiSSA, OLoRA, ...): without them the model is another.
 
-    Cost: the teacher's forward; no memory for weights.
+    Cost: the teacher's forward, and the switching: some walks over all modules; no memory for weights.
 
     """
 
@@ -62,7 +65,7 @@ class AdapterDisabled:
         self.student = student
         self._disable = disable
         if disable is None:
-            _peft_model(student.model)
+            _refuse_moved_weights(_peft_model(student.model))
 
     @property
     def needs_batch(self) -> bool:
@@ -73,16 +76,17 @@ class AdapterDisabled:
         """Return the features of the batches without adapters; what the student's tap has collected stays.
 
         Raises:
-            ValueError: something is trained that stays on: a parameter outside the adapters, or the running statistics
-                of a BatchNorm in train mode.
+            ValueError: the running statistics of a BatchNorm are trained; or, of a peft model, a parameter outside the
+                adapters is, or adapters are merged or switched off already.
 
         """
         model = self.student.model
+        _refuse_running_statistics(model)
         with self.student.set_aside(), _same_requires_grad(model):
             if self._disable is not None:
                 with self._disable():
                     return self.student.observe(*batches)
-            _refuse_running_statistics(model)
+            _refuse_adapters_that_are_off(model)
             with _peft_model(model).disable_adapter():
                 trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
                 if trained:
@@ -109,7 +113,7 @@ class CachedTeacher:
         preprocessing: anything that distinguishes how images are prepared, beside their size.
         encoder: the path of the image encoder; None for the first ``image_encoder`` or ``vision_encoder``.
         dtype: of the cached features, fp16 or bf16.
-        check_pixels: whether some pixels of every image are compared with those that were cached. On a GPU this waits
+        check_pixels: whether a thumbnail of every image is compared with that of the cached one. On a GPU this waits
             for the device.
 
     Raises:
@@ -117,11 +121,11 @@ class CachedTeacher:
         ValueError: no encoder is found.
         ModuleNotFoundError: safetensors is not installed.
 
-    Cost: 2 bytes per number: 2 MiB for an image of a SAM 1 at 1024 pixels. A read of that and the decoder per step.
+    Cost: 2 bytes per number of all that the encoder returns: at 1024 pixels 2 MiB for an image of a SAM 1, 26 for
+    SAM-HQ and 86 for a SAM 2, whose encoder returns more levels and their position encodings. A read and a copy to the
+    device of that, and the decoder, per step. One image that is not cached yet runs the encoder on its whole batch.
 
     """
-
-    needs_batch = True
 
     def __init__(
         self,
@@ -145,10 +149,19 @@ class CachedTeacher:
         self._check_pixels = check_pixels
         self._cache = EncoderCache(Path(folder), preprocessing=preprocessing, dtype=dtype)
         self._weights = ""
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[tuple[int, torch.dtype, int, int]] = []
 
-    def observe(self, *batches: Any) -> SAMFeatures:
-        """Return the features of the batches; the encoder runs for images that are not cached yet.
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the teacher is run by a function of the user's."""
+        return self.teacher.needs_batch
+
+    def observe(self, *batches: Any, ids_from: Sequence[Any] | None = None) -> SAMFeatures:
+        """Return the features of the batches; the encoder runs where an image of its call is not cached yet.
+
+        Args:
+            batches: what the teacher runs on.
+            ids_from: the batches that hold the ids, where these do not; None for ``batches``.
 
         Raises:
             ValueError: the batches do not hold one id per image; or the cache is of other weights, another
@@ -158,24 +171,26 @@ class CachedTeacher:
             UserWarning: a file is damaged; it is written again.
 
         """
-        ids = [sample for batch in batches for sample in self._ids_of(batch)]
+        ids = [sample for batch in ids_from or batches for sample in self._ids_of(batch)]
         weights = self._fingerprint()
+        fresh: dict[str, tuple[tuple[int, ...], Entry]] = {}
         encode, n_images = self._encoder.forward, 0
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             nonlocal n_images
-            images = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            if images is None:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if len(tensors) != 1:
                 raise ValueError(
-                    "CachedTeacher: the encoder must be called with a tensor of images, got none; "
-                    "use the tap itself as teacher"
+                    f"CachedTeacher: the encoder must be called with one tensor, its images, got {len(tensors)}; "
+                    "use the tap itself as teacher, or name a module that takes the images alone: encoder='path'"
                 )
+            (images,) = tensors
             samples = ids[n_images : n_images + len(images)]
             n_images += len(images)
             if len(samples) < len(images):
                 # The features are thrown away: the numbers are compared below.
                 return encode(*args, **kwargs)
-            return self._answer(samples, weights, images, lambda: encode(*args, **kwargs))
+            return self._answer(samples, weights, images, lambda: encode(*args, **kwargs), fresh)
 
         # Python and files, which torch.compile cannot trace.
         with _forward_replaced(self._encoder, torch.compiler.disable(answer)):  # type: ignore[no-untyped-call]
@@ -185,21 +200,38 @@ class CachedTeacher:
                 f"CachedTeacher: batches must hold one sample id per image that the encoder sees, got {len(ids)} ids "
                 f"and {n_images} images; give the ids in the order of the images, and images, not their embeddings"
             )
+        # Not before: a batch whose ids do not fit would leave images under other names.
+        for sample, (size, entry) in fresh.items():
+            self._cache.write(sample, weights, size, entry)
         return features
 
-    def _answer(self, samples: list[str], weights: str, images: Tensor, encode: Callable[[], Any]) -> Any:
+    def _answer(
+        self,
+        samples: list[str],
+        weights: str,
+        images: Tensor,
+        encode: Callable[[], Any],
+        fresh: dict[str, tuple[tuple[int, ...], Entry]],
+    ) -> Any:
+        """Return what the encoder would, from the cache or by running it; what is new goes into ``fresh``."""
         size = tuple(images.shape[1:])
-        entries = [self._cache.read(sample, weights, size) for sample in samples]
-        if None in entries:
+        entries: dict[str, Entry] = {}
+        for sample in samples:
+            known = fresh[sample][1] if sample in fresh else self._cache.read(sample, weights, size)
+            if known is not None:
+                entries[sample] = known
+        missing = [sample for sample in samples if sample not in entries]
+        probes = probe(images) if missing or self._check_pixels else images.new_empty(0)
+        if missing:
             leaves, structure = tree_flatten(encode())
-            for row, (sample, seen) in enumerate(zip(samples, probe(images), strict=True)):
-                if entries[row] is None:
+            for row, sample in enumerate(samples):
+                if sample not in entries:
                     of_row = [of_image(leaf, row, len(images)) for leaf in leaves]
-                    self._cache.write(sample, weights, size, of_row, structure, seen)
-                    entries[row] = self._cache.read(sample, weights, size)
-        found = [entry for entry in entries if entry is not None]
+                    entries[sample] = self._cache.entry(sample, of_row, structure, probes[row])
+                    fresh[sample] = size, entries[sample]
+        found = [entries[sample] for sample in samples]
         if self._check_pixels:
-            for sample, entry, seen in zip(samples, found, probe(images), strict=True):
+            for sample, entry, seen in zip(samples, found, probes, strict=True):
                 if show_other_images(entry.probe, seen):
                     raise ValueError(
                         f"CachedTeacher: sample {sample!r} must be the image that was cached under this id, got other "
@@ -224,25 +256,33 @@ class CachedTeacher:
             ids = batch.get(name)
         elif isinstance(batch, tuple | list) and batch and all(isinstance(item, Mapping) for item in batch):
             ids = [item[name] for item in batch if name in item]
-        if isinstance(ids, Tensor):
-            ids = ids.flatten().tolist()
-        if isinstance(ids, str | int):
-            ids = [ids]
-        if not ids or not all(isinstance(sample, str | int) for sample in ids):
+        # Tensors and arrays, whole or one number each.
+        each = [] if ids is None else [ids] if isinstance(ids, str | int) else ids
+        samples = [item for sample in each for item in _listed(sample)]
+        if not samples or not all(isinstance(sample, str | int) for sample in samples):
             what = f"{name!r} of the batch" if isinstance(name, str) else "sample_ids(batch)"
             raise ValueError(
                 f"CachedTeacher: {what} must be one id (a string or an integer) per image, got {ids!r}; add the ids to "
                 "the batch that the loss is given, or pass sample_ids=lambda batch: [...]"
             )
-        return [str(sample) for sample in ids]
+        return [str(sample) for sample in samples]
 
     def _fingerprint(self) -> str:
-        # Digesting the weights takes a second or so; whether they were changed since is known from their versions.
+        # Digesting the weights takes a second or so; whether they were changed since is known from their versions, but
+        # for writes through .data.
         tensors = (*self._encoder.parameters(), *self._encoder.buffers())
-        versions = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        versions = [
+            (id(tensor), tensor.dtype, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+        ]
         if versions != self._versions:
             self._weights, self._versions = fingerprint(self._encoder), versions
         return self._weights
+
+
+def _listed(value: Any) -> list[Any]:
+    values = value.tolist() if hasattr(value, "tolist") else value
+    return values if isinstance(values, list) else [values]
 
 
 def _peft_model(model: nn.Module) -> Any:
@@ -255,11 +295,33 @@ def _peft_model(model: nn.Module) -> Any:
     )
 
 
+def _refuse_moved_weights(peft_model: Any) -> None:
+    for name, config in peft_model.peft_config.items():
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(_MOVES_WEIGHTS):
+            raise ValueError(
+                f"AdapterDisabled: adapters must leave the pre-trained weights as they are, got init_lora_weights="
+                f"{start!r} of adapter {name!r}, which moves a part of them into the adapter; take a copy as teacher, "
+                "made before peft: tap(copy.deepcopy(model))"
+            )
+
+
+def _refuse_adapters_that_are_off(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        merged, off = getattr(module, "merged", False), getattr(module, "disable_adapters", False)
+        if merged is True or off is True:
+            raise ValueError(
+                f"AdapterDisabled: adapters must be on and not merged, got {'merged' if merged is True else 'disabled'}"
+                f" ones at {name!r}, which peft would not leave so; unmerge them, and switch them on or remove them"
+            )
+
+
 def _refuse_running_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        # What peft saves is a copy that the teacher does not use.
-        if is_norm and module.training and module.track_running_stats and "modules_to_save" not in name:
+        # Of what peft saves, the teacher does not use the copy, nor the student the original.
+        one_sided = "modules_to_save" in name or "original_module" in name
+        if is_norm and module.training and module.track_running_stats and not one_sided:
             raise ValueError(
                 "AdapterDisabled: BatchNorm outside the adapters must be in eval mode, got train mode, in which its "
                 f"running statistics follow the student, at {name!r}; call .eval() on it after train(), or take a copy "

@@ -115,6 +115,16 @@ def test_a_model_that_cannot_be_run_is_still_described():
     assert lines(report(meta_sam()))["missing"] == ["shapes: no batch to run the model on"]
 
 
+def test_running_statistics_stay_as_they_are():
+    model = hf_sam()
+    norm = nn.BatchNorm2d(16)
+    model.vision_encoder.neck.register_module("norm", norm)
+    model.vision_encoder.neck.register_forward_hook(lambda module, _args, output: module.norm(output))
+    report(model, hf_batch())
+    assert norm.num_batches_tracked == 0
+    assert model.training
+
+
 def test_the_model_is_left_without_hooks():
     model = meta_sam()
     report(model, meta_batch())

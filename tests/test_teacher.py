@@ -141,6 +141,22 @@ def test_adapters_of_ones_own_are_switched_off_by_a_function():
     assert torch.equal(teacher.observe(batch).mask_tokens, tap(hf_sam()).observe(batch).mask_tokens)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_took_a_part_of_the_weights_are_refused(start):
+    model = lora(hf_sam(), init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"got init_lora_weights='{start}' of adapter 'default'"):
+        AdapterDisabled(tap(model))
+
+
+@pytest.mark.parametrize(("how", "word"), [("merge_adapter", "merged"), ("disable_adapter_layers", "disabled")])
+def test_adapters_that_are_merged_or_off_already_are_refused(how, word):
+    model = lora(hf_sam())
+    teacher = AdapterDisabled(tap(model))
+    getattr(model.base_model, how)()
+    with pytest.raises(ValueError, match=f"must be on and not merged, got {word} ones"):
+        teacher.observe(hf_batch())
+
+
 def test_a_student_without_adapters_is_refused():
     with pytest.raises(ValueError, match="student must hold a peft model, got SamModel without one"):
         AdapterDisabled(tap(hf_sam()))
@@ -208,6 +224,20 @@ def test_under_autocast(tmp_path, low, kept):
     assert teacher.observe(batch).mask_tokens.dtype == torch.float32
 
 
+def test_the_teacher_runs_with_the_prompts_of_the_student(tmp_path):
+    """Prompts are often made in the loop: the batch has the images and their ids alone."""
+    boxes = hf_batch()["input_boxes"]
+    batch = {name: value for name, value in identified(hf_batch()).items() if name != "input_boxes"}
+    model, losses = hf_sam(1), []
+    student, infosam_loss = tap(model), InfoSAMLoss(DIM)
+    for teacher in (tap(hf_sam()), CachedTeacher(tap(hf_sam()), tmp_path)):
+        model(pixel_values=batch["pixel_values"], input_boxes=boxes)
+        losses.append(infosam_loss(teacher, student, batch))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
+    without_prompts = infosam_loss(tap(hf_sam()).observe(batch), tap(hf_sam(1)), {**batch, "input_boxes": boxes})
+    assert abs(without_prompts - losses[0]) > 5e-3
+
+
 def test_images_of_another_batch_order_and_partly_cached_ones(tmp_path):
     model = hf_sam()
     calls = count_encoder_calls(model)
@@ -246,6 +276,8 @@ def test_several_batches_and_ids_of_a_function_or_a_tensor(tmp_path):
     assert len(by_name.observe(*batches).mask_tokens) == 4
     by_function = CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: batch["index"].tolist())
     by_function.observe(*batches)
+    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: batch["index"].numpy()).observe(*batches)
+    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: list(batch["index"])).observe(*batches)
     assert calls == [2, 2]
 
 
@@ -279,7 +311,7 @@ def refusals_of_batches() -> dict[str, tuple[str, object]]:
     embeddings = {"image_embeddings": torch.zeros(2, DIM, 4, 4), "input_boxes": hf_batch()["input_boxes"]}
     return {
         "no ids": (r"'sample_id' of the batch must be one id .* per image, got None", hf_batch()),
-        "floats": (r"must be one id .* got \[0\.0, 1\.0\]", {**hf_batch(), "sample_id": torch.arange(2.0)}),
+        "floats": (r"must be one id .* got tensor\(\[0\., 1\.\]\)", {**hf_batch(), "sample_id": torch.arange(2.0)}),
         "too few": ("got 1 ids and 2 images", identified(hf_batch(), "a")),
         "embeddings": ("got 2 ids and 0 images", {**embeddings, "sample_id": ["a", "b"]}),
     }
@@ -325,6 +357,77 @@ def test_a_flipped_image_under_the_same_id_is_noticed(tmp_path):
         teacher.observe(flipped)
     unchecked = CachedTeacher(tap(hf_sam()), tmp_path, check_pixels=False)
     assert torch.equal(unchecked.observe(flipped).image_features, teacher.observe(batch).image_features)
+
+
+@pytest.mark.parametrize("change", ["flip", "move", "brighter"])
+def test_augmentations_of_a_mostly_empty_image_are_noticed(tmp_path, change):
+    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images[:, :, 3:7, 5:9] = 1
+    batch = identified({"pixel_values": images, "input_boxes": torch.tensor([[[2.0, 2.0, 20.0, 20.0]]])}, "a")
+    teacher = CachedTeacher(tap(hf_sam()), tmp_path)
+    teacher.observe(batch)
+    changed = {"flip": images.flip(-1), "move": images.roll(2, -1), "brighter": images * 1.015}[change]
+    with pytest.raises(ValueError, match="got other pixels"):
+        teacher.observe({**batch, "pixel_values": changed})
+    # What another dtype rounds is no other image.
+    teacher.observe({**batch, "pixel_values": (images + 1e-4 * torch.randn_like(images))})
+
+
+def test_a_refused_batch_leaves_nothing_behind(tmp_path):
+    teacher = CachedTeacher(tap(hf_sam()), tmp_path)
+    with pytest.raises(ValueError, match="got 3 ids and 2 images"):
+        teacher.observe(identified(hf_batch(), "z", "a", "b"))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="sample 'a' must be the image"):
+        teacher.observe(identified(hf_batch(), "a", "a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_that_takes_more_than_images_is_refused(tmp_path):
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_encoder, self.text = nn.Bilinear(8, 8, DIM), nn.Linear(8, DIM)
+
+        def forward(self, pixels: Tensor, text: Tensor) -> Tensor:
+            return self.vision_encoder(pixels, text) + self.text(text)
+
+    take = ("vision_encoder", lambda output: output[:, :, None, None])
+    teacher = CachedTeacher(tap(Conditioned(), image_features=take, mask_tokens="text"), tmp_path)
+    batch = {"pixels": torch.randn(2, 8), "text": torch.randn(2, 8), "sample_id": [0, 1]}
+    with pytest.raises(ValueError, match="must be called with one tensor, its images, got 2"):
+        teacher.observe(batch)
+
+
+def test_weights_of_another_class_of_tensors_are_refused(tmp_path):
+    class Quantised(Tensor):
+        pass
+
+    model = hf_sam().requires_grad_(False)
+    neck = model.vision_encoder.neck.layer_norm1
+    neck.weight = nn.Parameter(neck.weight.detach().as_subclass(Quantised), requires_grad=False)
+    with pytest.raises(TypeError, match=r"weights must be plain tensors, got .* at 'neck.layer_norm1.weight'"):
+        CachedTeacher(tap(model), tmp_path).observe(identified(hf_batch()))
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    batch, teacher = identified(hf_batch()), CachedTeacher(tap(hf_sam()), tmp_path)
+    teacher.observe(batch)
+    path = next(tmp_path.glob("image_0-*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    damaged = path.read_bytes()
+
+    def half(_tensors: dict, target: Path, _metadata: dict) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(KeyboardInterrupt):
+        teacher.observe(batch)
+    assert path.read_bytes() == damaged
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"] * 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
