@@ -46,6 +46,22 @@ def kernels_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"Measured on {where}."])
 
 
+def teachers_table(rows: list[dict[str, str]]) -> str:
+    """Return the table of what InfoSAM takes beside a step, by teacher, as Markdown."""
+    newest = {row["teacher"]: row for row in rows}
+    bare = float(newest["none"]["s_p50"])
+    lines = ["| teacher | the step without | the step with | InfoSAM by itself | of the step |", "|---" * 5 + "|"]
+    for name, row in newest.items():
+        if name != "none":
+            own = float(row["infosam_s"])
+            steps = f"{bare:.1f} s | {float(row['s_p50']):.1f} s"
+            lines.append(f"| {name} | {steps} | {own:.3f} s | {100 * own / bare:.1f} % |")
+    last = rows[-1]
+    setting = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
+    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}"
+    return "\n".join([*lines, "", f"{setting}. Measured on {where}."])
+
+
 def label(row: dict[str, str]) -> str:
     if row["op"] == "gram_moment":
         return f"{row['op']}, {row['variables']} variables, n {row['n']}"
@@ -68,7 +84,12 @@ def families_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"Run with torch {' and '.join(dict.fromkeys(row['torch'] for row in rows))}."])
 
 
-TABLES = {"loss_cpu": loss_table, "kernels_cpu": kernels_table, "families": families_table}
+TABLES = {
+    "loss_cpu": loss_table,
+    "kernels_cpu": kernels_table,
+    "teachers_cpu": teachers_table,
+    "families": families_table,
+}
 
 
 def with_tables(readme: str) -> str:
