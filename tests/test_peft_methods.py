@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from benchmarks.peft_methods import METHODS, apply, trained_state_dict
 from renyi_kd import InfoSAMLoss, tap
 from tests.support.loops import run_hf, task_loss
-from tests.support.models import DIM, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.models import (
+    DIM,
+    hf_batch,
+    hf_sam,
+    meta_batch,
+    meta_forward,
+    meta_sam,
+    needs_transformers_with,
+)
 
 # Outside of the mask decoder.
 TRAINED = {
@@ -33,6 +41,8 @@ each = pytest.mark.parametrize(("method", "family"), CASES, ids=[" ".join(case) 
 
 
 def applied(method: str, family: str) -> nn.Module:
+    if method == "hq_sam":
+        needs_transformers_with("SamHQModel")
     return apply(FAMILIES[family][0](1), method, first_block=1, rank=2, n_experts=3)
 
 

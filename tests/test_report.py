@@ -12,7 +12,7 @@ from torch import nn
 
 from renyi_kd.__main__ import main
 from renyi_kd.report import report
-from tests.support.models import hf_batch, hf_sam, meta_batch, meta_sam
+from tests.support.models import hf_batch, hf_sam, meta_batch, meta_sam, needs_transformers_with
 
 ROOT = Path(__file__).parent.parent
 MODELS = "tests.support.models"
@@ -69,8 +69,7 @@ def test_a_model_and_its_batch(capsys):
 def test_a_transformers_folder_is_looked_at_without_its_weights(kind, variant, layout, grid, tmp_path, capsys):
     import transformers
 
-    if not hasattr(transformers, kind):
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    needs_transformers_with(kind)
     config = getattr(transformers, kind).config_class()
     config.architectures = [kind]
     config.save_pretrained(tmp_path)

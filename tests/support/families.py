@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_sam, meta_sam
+from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_sam, meta_sam, needs_transformers_with
 from tests.support.stand_ins import auto_gluon, edge_sam_decoder, efficient_sam, samed, spread, tiny_sam
 
 SAM1, HQ, SAM2 = slice(1, 5), slice(1, 5), slice(2, 6)
@@ -101,6 +101,7 @@ def _prompt_config(size: int, patch: int) -> dict[str, Any]:
 
 
 def hf_sam_hq(seed: int = 0) -> nn.Module:
+    needs_transformers_with("SamHQModel")
     from transformers import SamHQConfig, SamHQModel
 
     torch.manual_seed(seed)
@@ -145,6 +146,7 @@ def _levels(size: int) -> dict[str, Any]:
 
 
 def hf_sam2(seed: int = 0) -> nn.Module:
+    needs_transformers_with("Sam2Model")
     from transformers import Sam2Config, Sam2Model
 
     torch.manual_seed(seed)
@@ -158,6 +160,7 @@ def hf_sam2(seed: int = 0) -> nn.Module:
 
 
 def hf_sam2_video(seed: int = 0) -> nn.Module:
+    needs_transformers_with("Sam2VideoModel")
     from transformers import Sam2VideoConfig, Sam2VideoModel
 
     torch.manual_seed(seed)
@@ -182,6 +185,7 @@ def hf_sam2_video(seed: int = 0) -> nn.Module:
 
 
 def hf_edge_tam(seed: int = 0) -> nn.Module:
+    needs_transformers_with("EdgeTamModel")
     from transformers import EdgeTamConfig, EdgeTamModel, TimmWrapperConfig
 
     torch.manual_seed(seed)
@@ -204,6 +208,7 @@ def hf_edge_tam(seed: int = 0) -> nn.Module:
 
 
 def hf_sam3_tracker(seed: int = 0) -> nn.Module:
+    needs_transformers_with("Sam3TrackerModel")
     from transformers import Sam3TrackerConfig, Sam3TrackerModel
 
     torch.manual_seed(seed)
@@ -235,6 +240,7 @@ def _sam3_levels() -> dict[str, Any]:
 
 def hf_sam3(seed: int = 0) -> nn.Module:
     """Return the Sam3Model, which has a DETR and no mask tokens."""
+    needs_transformers_with("Sam3Model")
     from transformers import Sam3Config, Sam3Model
 
     torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ def hf_sam(seed: int = 0, dim: int = DIM) -> nn.Module:
         mask_decoder_config={"hidden_size": dim, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
     )
     return _spread(SamModel(config)).train()
+
+
+def needs_transformers_with(name: str) -> None:
+    """Skip the test where the installed transformers is older than one of its models."""
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
 
 
 def hf_batch(n_images: int = 2, n_prompts: int = 1, seed: int = 0) -> dict[str, Tensor]:
