@@ -144,16 +144,17 @@ class EncoderCache:
                 )
 
     def _rounded(self, sample: str, leaf: Tensor) -> Tensor:
+        # A copy in any case: a row would keep its whole batch, and files take no tensors that share memory.
         if not leaf.is_floating_point():
-            return leaf.cpu().contiguous()
-        rounded = leaf.to(self.dtype)
+            return leaf.to("cpu", copy=True).contiguous()
+        rounded = leaf.to("cpu", self.dtype, copy=True).contiguous()
         if not rounded.isfinite().all():
             raise ValueError(
                 f"CachedTeacher: the encoder's output must be finite in {self.dtype}, got values up to "
                 f"{leaf.abs().max():.3g} for sample {sample!r}; use dtype=torch.bfloat16 if it overflows, and look for "
                 "NaN in the image if not"
             )
-        return rounded.cpu().contiguous()
+        return rounded
 
 
 def probe(images: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def report(model: nn.Module, batch: Any = None, *, call: Call | None = None) -> 
         rows = [("model", f"{type(model).__name__}, {_count(model.parameters())} parameters")]
         marks = ", ".join(sorted(decoders[0].family.marks))
         rows.append(("family", f"{_variant(decoders[0])}, by {marks} of its mask decoder"))
-        rows.append(("mask decoder", _join(decoder.name or "the model itself" for decoder in decoders)))
+        rows.append(("mask decoder", " and ".join(decoder.name or "the model itself" for decoder in decoders)))
         places = _places(decoders[0])
         missing: list[str] = []
         shapes = _shapes(tapped, batch, missing)
@@ -125,7 +125,3 @@ def _count(parameters: Iterable[Tensor]) -> str:
 def _of(value: Tensor) -> str:
     gradient = "with gradient" if value.requires_grad else "without gradient"
     return f", {list(value.shape)} in {str(value.dtype).removeprefix('torch.')}, {gradient}"
-
-
-def _join(names: Iterable[str]) -> str:
-    return " and ".join(names)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from examples.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
+from renyi_kd.encoder_cache import EncoderCache
 from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
 
 
@@ -466,6 +468,17 @@ def test_ids_that_look_alike_as_file_names_are_kept_apart(tmp_path):
     long = "x" * 300
     teacher.observe(identified(batch, f"{long}1", f"{long}2"))
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)
+def test_what_is_kept_of_an_image_is_its_own_memory(tmp_path, dtype):
+    # Also in the dtype of the cache, and where an encoder returns one tensor twice.
+    output = torch.arange(12).view(4, 3).to(dtype)
+    leaves, structure = tree_flatten((output[1], output[1]))
+    entry = EncoderCache(tmp_path, preprocessing="", dtype=torch.float16).entry("a", leaves, structure, output[1])
+    assert all(torch.equal(leaf, output[1]) for leaf in entry.leaves)
+    assert [leaf.untyped_storage().nbytes() for leaf in entry.leaves] == [leaf.nbytes for leaf in entry.leaves]
+    assert len({leaf.data_ptr() for leaf in (output[1], *entry.leaves)}) == 3
 
 
 def test_features_that_fp16_cannot_hold_are_refused(tmp_path):

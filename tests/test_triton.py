@@ -159,6 +159,17 @@ def test_directions_in_low_precision(dtype):
     check_directions((3, 2, 40), dtype)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_directions_or_offsets_alone_are_differentiated(which):
+    tokens, *weights = on_device(*directions_inputs(3, 1, 40, torch.float32))
+    gradients_by = {}
+    for impl in ("triton", "reference"):
+        leaf = tokens.clone().requires_grad_()
+        out = relation_directions(leaf, RelationWeights(*weights), impl=impl)[which]
+        (gradients_by[impl],) = torch.autograd.grad(out.square().sum(), leaf)
+    assert_close_on_scale(gradients_by["triton"], gradients_by["reference"], name="tokens", rtol=1e-5)
+
+
 def test_directions_of_a_dead_token_have_no_gradient():
     tokens, *weights = on_device(*directions_inputs(3, 1, 40, torch.float32))
     tokens[1] = 7.1

@@ -239,12 +239,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tokens, weights, _ = inputs
     ctx.save_for_backward(tokens, *weights, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
+    # What is kept for the backward has no gradient, and zeros for it would be a launch each.
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(
-    ctx: Any, grad_directions: Tensor, grad_offsets: Tensor, *_: Tensor
+    ctx: Any, grad_directions: Tensor | None, grad_offsets: Tensor | None, *_: None
 ) -> tuple[Tensor, list[Tensor], None]:
     tokens, *values = ctx.saved_tensors
+    if grad_directions is None:
+        grad_directions = tokens.new_zeros(tokens.shape, dtype=torch.float32)
+    if grad_offsets is None:
+        grad_offsets = tokens.new_zeros(tokens.shape[:1], dtype=torch.float32)
     n_weights = len(RelationWeights._fields)
     grad_tokens, *grad_weights = torch.ops.renyi_kd.relation_directions_backward(
         tokens, values[:n_weights], values[n_weights:], grad_directions.contiguous(), grad_offsets.contiguous()
