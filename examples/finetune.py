@@ -1,6 +1,6 @@
 """Fine-tune a Segment Anything model on your images, once without and once with the InfoSAM loss.
 
-    python examples/finetune.py
+    python -m examples.finetune
 
 Without arguments a small SAM learns to segment nuclei in microscopy images, in a few minutes on two CPU cores; model
 and images lie beside this file. Weights, metrics.csv and comparison.png are written to the folder of --out.
@@ -18,9 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from data import InstanceDataset, Item
-from models import Sam, load_sam, trainable_copy
-from picture import save_comparison
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from examples.data import InstanceDataset, Item
+from examples.models import Sam, load_sam, trainable_copy
+from examples.picture import save_comparison
 from renyi_kd import InfoSAMLoss, tap
 
 NUCLEI = Path(__file__).parent / "assets" / "nuclei"

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision_compat import ensure_importable
+
+from examples.torchvision_compat import ensure_importable
 
 Peft = Literal["lora", "adapter", "bitfit", "decoder"]
 Segment = Callable[[nn.Module, dict[str, Tensor]], Tensor]

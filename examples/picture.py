@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from data import PIXEL_MEAN, PIXEL_STD, Item
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from models import Sam
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from examples.data import PIXEL_MEAN, PIXEL_STD, Item
+from examples.models import Sam
 
 
 @torch.no_grad()

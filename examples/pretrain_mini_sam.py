@@ -1,6 +1,6 @@
 """Pretrain mini SAM, the small Segment Anything model that examples/finetune.py adapts.
 
-    python examples/pretrain_mini_sam.py --out examples/assets/mini_sam
+    python -m examples.pretrain_mini_sam --out examples/assets/mini_sam
 
 A `transformers.SamModel` of 1.7 million weights learns, from nothing but generated scenes, to segment the object that a
 box or a point names. With the default options this wrote the weights in examples/assets/mini_sam.
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from scenes import random_scene
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import SamConfig, SamModel
+
+from examples.scenes import random_scene
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

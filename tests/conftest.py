@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,10 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from torchvision_compat import ensure_importable  # noqa: E402
+from examples.torchvision_compat import ensure_importable
 
 ensure_importable()
 

@@ -11,16 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import data
-import finetune
-import models
 import numpy as np
-import pretrain_mini_sam
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from examples import data, finetune, models, pretrain_mini_sam
 from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -344,9 +341,9 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
 
 def test_a_kill_in_the_middle_leaves_only_whole_files(folder, tiny_model, tmp_path):
     out = tmp_path / "out"
-    script = [sys.executable, str(EXAMPLES / "finetune.py"), "--epochs", "100000", "--device", "cpu"]
+    script = [sys.executable, "-m", "examples.finetune", "--epochs", "100000", "--device", "cpu"]
     command = [*script, "--model", str(tiny_model), "--data", str(folder), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=EXAMPLES.parent) as process:
         seen = b""
         while b"PEFT" not in seen or b"step" not in seen:
             piece = process.stderr.read1()

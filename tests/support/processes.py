@@ -48,8 +48,7 @@ def run_checks(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    sys.path.insert(0, str(ROOT / "examples"))
-    from torchvision_compat import ensure_importable
+    from examples.torchvision_compat import ensure_importable
 
     ensure_importable()
     torch.set_num_threads(1)
