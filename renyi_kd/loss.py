@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from renyi_kd.features import SAMFeatures, check_features, image_of_samples
 from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
+from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
 from renyi_kd.teacher import CachedTeacher, Teacher
@@ -27,7 +28,8 @@ class InfoSAMTerms(NamedTuple):
     Attributes:
         loss: ``lambda_r * compression + lambda_d * distillation``.
         compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
-        distillation: L_d, the negative mutual information of the two relations.
+        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, the
+            Cauchy-Schwarz divergence of their Grams, which is 0 where they are equal and positive elsewhere.
 
     """
 
@@ -44,6 +46,7 @@ def infosam_terms(
     lambda_r: float = 1.0,
     lambda_d: float = 0.5,
     alpha: float = 2.0,
+    distillation: Distillation = "mutual_information",
     detach_teacher_relation: bool = False,
     check_finite: bool = False,
     impl: Impl = "auto",
@@ -59,6 +62,17 @@ def infosam_terms(
     loss couples all samples: that of a split batch is another loss, and needs at least two samples. L_d does not pull
     the student onto the teacher's relations: its minimum over the student has mutually orthogonal ones.
 
+    What does is not in the paper: under ``distillation="cauchy_schwarz"``, L_d is the Cauchy-Schwarz divergence of the
+    relations' Grams at unit diagonal, G_T and G_S:
+
+        L_d = -log2(<G_T, G_S>^2 / (||G_T||_F^2 ||G_S||_F^2))
+
+    It is symmetric; not negative but for rounding; zero, without gradient, exactly where the Grams are equal, even if
+    both have collapsed; not blind to signs; and independent of alpha, which then orders L_r alone. Orthogonal Grams
+    (two samples that are alike to the teacher and opposite to the student) would make it infinite: where
+    <G_T, G_S> < 2^-20 s, which is nowhere below 40 bits, the logarithm goes on along its tangent, so that
+    L_d < 43 + 2 log2 s and every gradient is finite.
+
     Args:
         relation: the module that teacher and student share.
         teacher: its :class:`SAMFeatures`.
@@ -66,6 +80,7 @@ def infosam_terms(
         lambda_r: weight of L_r.
         lambda_d: weight of L_d.
         alpha: order of the entropies, in (0, inf]; the paper's is 2.
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         check_finite: whether to look for NaN and inf first; waits for the device.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
@@ -76,17 +91,20 @@ def infosam_terms(
     Raises:
         TypeError: a feature is not a floating-point tensor.
         ValueError: shapes, devices or indices do not fit, there are fewer than two samples, nothing of the student
-            requires grad (while gradients are on), or, under ``check_finite``, a feature is not finite.
+            requires grad (while gradients are on), an argument is out of its range, or, under ``check_finite``, a
+            feature is not finite.
 
     Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient.
 
-    Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920).
+    Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920), whose loss is the default.
 
     >>> relation = RelationModule(8)
     >>> teacher = SAMFeatures(torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8))
     >>> student = SAMFeatures(torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8))
     >>> infosam_terms(relation, teacher, student).loss.backward()
+    >>> bool(infosam_terms(relation, teacher, student, distillation="cauchy_schwarz").distillation > 0)
+    True
 
     """
     if not isinstance(relation, RelationModule):
@@ -104,6 +122,7 @@ def infosam_terms(
         lambda_r=lambda_r,
         lambda_d=lambda_d,
         alpha=alpha,
+        distillation=distillation,
         detach_teacher_relation=detach_teacher_relation,
         check_finite=check_finite,
         impl=impl,
@@ -123,6 +142,8 @@ class InfoSAMLoss(nn.Module):
         lambda_r: weight of the compression term L_r.
         lambda_d: weight of the distillation term L_d.
         alpha: order of the entropies, in (0, inf].
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``, which pulls the
+            student's relations onto the teacher's.
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
@@ -143,6 +164,7 @@ class InfoSAMLoss(nn.Module):
         lambda_r: float = 1.0,
         lambda_d: float = 0.5,
         alpha: float = 2.0,
+        distillation: Distillation = "mutual_information",
         token: Token = "first",
         detach_teacher_relation: bool = False,
         check_finite: bool = False,
@@ -151,6 +173,7 @@ class InfoSAMLoss(nn.Module):
         super().__init__()
         _check_weights("InfoSAMLoss", lambda_r, lambda_d)
         check_alpha("InfoSAMLoss", alpha)
+        _check_distillation("InfoSAMLoss", distillation)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
         resolve(impl)
@@ -158,6 +181,7 @@ class InfoSAMLoss(nn.Module):
         self.lambda_r = lambda_r
         self.lambda_d = lambda_d
         self.alpha = alpha
+        self.distillation: Distillation = distillation
         self.token: Token = token
         self.detach_teacher_relation = detach_teacher_relation
         self.check_finite = check_finite
@@ -222,6 +246,7 @@ class InfoSAMLoss(nn.Module):
             lambda_r=self.lambda_r,
             lambda_d=self.lambda_d,
             alpha=self.alpha,
+            distillation=self.distillation,
             detach_teacher_relation=self.detach_teacher_relation,
             check_finite=self.check_finite,
             impl=self.impl,
@@ -257,7 +282,10 @@ class InfoSAMLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        return f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, token={self.token!r}"
+        return (
+            f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, "
+            f"distillation={self.distillation!r}, token={self.token!r}"
+        )
 
 
 def _relation_terms(
@@ -268,11 +296,13 @@ def _relation_terms(
     lambda_r: float,
     lambda_d: float,
     alpha: float,
+    distillation: Distillation,
     detach_teacher_relation: bool,
     check_finite: bool,
     impl: Impl,
 ) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
     """Return the loss with its terms, and the Grams of both relations."""
+    _check_distillation("infosam_terms", distillation)
     images = _common_images(teacher, student)
     if check_finite:
         _check_finite(teacher, student)
@@ -297,6 +327,7 @@ def _relation_terms(
         lambda_r=lambda_r,
         lambda_d=lambda_d,
         alpha=alpha,
+        distillation=distillation,
         detach_teacher=detach_teacher_relation,
         impl=impl,
     )
@@ -320,6 +351,14 @@ def _check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
     for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
         if not isinstance(value, float | int) or not math.isfinite(value):
             raise ValueError(f"{function}: {name} must be a finite number, got {value!r}; 0 switches the term off")
+
+
+def _check_distillation(function: str, distillation: Distillation) -> None:
+    if distillation not in get_args(Distillation):
+        raise ValueError(
+            f"{function}: distillation must be one of {get_args(Distillation)}, got {distillation!r}; "
+            "'mutual_information' is the paper's"
+        )
 
 
 def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:

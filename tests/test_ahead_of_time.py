@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,10 @@ def test_kernels_compile_and_fit(target, compilers):
     assert compilers[target].returncode == 0, errors[-3000:]
     rows = [json.loads(line) for line in output.splitlines()]
     assert {row["kernel"] for row in rows} == KERNELS
+    terms = [row["constants"] for row in rows if row["kernel"] == "_infosam_terms_fwd_kernel"]
+    choices = Counter((constants["DETACH"], constants["CAUCHY_SCHWARZ"]) for constants in terms)
+    assert choices.keys() == set(product((False, True), repeat=2))
+    assert len(set(choices.values())) == 1, choices
     for row in rows:
         assert row["machine_code_bytes"] > 0, row
         assert row["spilled"] == 0, row

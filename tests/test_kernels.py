@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.batch_gram import reference as batch_gram_reference
+from renyi_kd.kernels.infosam_terms import infosam_terms
 from renyi_kd.kernels.relation_scores import reference as relation_scores_reference
 from renyi_kd.kernels.relation_scores import relation_scores
 from tests.support import randn
@@ -262,6 +265,156 @@ def test_gram_propagates_nan():
     rows = randn(3, 7)
     rows[1, 2] = math.nan
     assert torch.equal(batch_gram(rows).isnan(), torch.tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]]).bool())
+
+
+# infosam_terms with the Cauchy-Schwarz divergence; tests/test_loss.py has both forms on features.
+
+ROOT = 2**-0.5
+ALIKE, APART = [[1, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+# Cosines 3/5 and 4/5 of the second map with the others, or the other way round.
+CHAIN, TURNED = [[1, 0], [0.6, 0.8], [0, 1]], [[1, 0], [0.8, 0.6], [0, 1]]
+OPPOSITE, STAR = [[1, 0], [-1, 0]], [[1, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]]
+# The divergence of orthogonal Grams of s samples, less log2 of the product of their squared norms.
+CEILING = {s: 40 - 2 * math.log2(s) + 2 / math.log(2) for s in (2, 3)}
+PAIRS = {
+    "equal": (CHAIN, CHAIN, 0.0),
+    "equal but for scale and reflection": (CHAIN, [[0, 2], [2.4, 1.8], [9, 0]], 0.0),
+    "turned": (CHAIN, TURNED, math.log2(5 * 5 / 4.92**2)),
+    "two, orthogonal student": ([[1, 0], [1, 1]], [[1, 0], [0, 1]], math.log2(3 * 2 / 2**2)),
+    "two, opposite sign": ([[1, 0], [ROOT, ROOT]], [[1, 0], [-ROOT, ROOT]], math.log2(3 * 3 / 1**2)),
+    "three alike, three orthogonal": (ALIKE, APART, math.log2(9 * 3 / 3**2)),
+    "three orthogonal, three alike": (APART, ALIKE, math.log2(9 * 3 / 3**2)),
+    "one zero map": (CHAIN, [[1, 0], [0.6, 0.8], [0, 0]], math.log2(5 * 3.72 / 3.72**2)),
+    "the same zero map": ([[1, 0], [0.6, 0.8], [0, 0]], [[1, 0], [0.6, 0.8], [0, 0]], 0.0),
+    "zero maps": (CHAIN, [[0, 0]] * 3, math.log2(5 * 3 / 3**2)),
+    "orthogonal Grams of two": ([[1, 0], [1, 0]], OPPOSITE, math.log2(4 * 4) + CEILING[2]),
+    "orthogonal Grams of three": (ALIKE, STAR, math.log2(9 * 4.5) + CEILING[3]),
+}
+IDENTITY = {s: torch.eye(s, dtype=torch.float64) for s in range(2, 7)}
+
+
+def divergence(teacher: Tensor, student: Tensor, **keywords) -> Tensor:
+    grams = [IDENTITY[len(teacher)]] * 2
+    return infosam_terms(*grams, teacher, student, distillation="cauchy_schwarz", **keywords).distillation
+
+
+@pytest.mark.parametrize(("teacher", "student", "bits"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, math.inf])
+def test_divergence_of_explicit_maps(teacher, student, bits, alpha):
+    teacher, student = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (teacher, student))
+    value = divergence(teacher, student, alpha=alpha)
+    assert value.item() == pytest.approx(bits, rel=1e-10, abs=1e-12)
+    for gradient in torch.autograd.grad(value, (teacher, student)):
+        assert gradient.isfinite().all()
+
+
+def test_loss_weighs_the_divergence():
+    maps = [torch.tensor(x, dtype=torch.float64) for x in (CHAIN, TURNED)]
+    grams = [torch.eye(3, dtype=torch.float64)] * 2
+    paper = infosam_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0)
+    terms = infosam_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0, distillation="cauchy_schwarz")
+    assert torch.equal(terms.compression, paper.compression)
+    assert terms.compression.item() == pytest.approx(math.log2(3 / 5))
+    assert terms.loss.item() == pytest.approx(0.7 * math.log2(3 / 5) - 3 * math.log2(25 / 4.92**2))
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    n_samples=st.integers(2, 6),
+    n_scores=st.integers(1, 4),
+    like=st.sampled_from([0.0, 0.5, 1.0]),
+    zeros=st.integers(0, 2),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_laws_of_the_divergence(seed, n_samples, n_scores, like, zeros, scale):
+    teacher = randn(n_samples, n_scores, seed=seed, dtype=torch.float64)
+    student = like * teacher + (1 - like) * randn(n_samples, n_scores, seed=seed + 20_000, dtype=torch.float64)
+    student[:zeros] = 0
+    terms = infosam_terms(*[IDENTITY[n_samples]] * 2, teacher, student, distillation="cauchy_schwarz")
+    value = terms.distillation
+    grams = terms.teacher_gram, terms.student_gram
+    assert -1e-12 <= value < 43 + 2 * math.log2(n_samples)
+    # Half the squared distance of two unit vectors is 1 less their cosine: zero only where they are equal.
+    a, b = (gram / gram.norm() for gram in grams)
+    cosine = 1 - (a - b).square().sum().item() / 2
+    if value < 40:
+        assert (-value / 2).exp2().item() == pytest.approx(cosine, abs=1e-9)
+    else:
+        assert cosine <= 2**-20 + 1e-12
+    if like == 1 and zeros == 0:
+        assert value.item() == pytest.approx(0, abs=1e-12)
+    close = {"rel": 1e-6, "abs": 1e-9}
+    assert divergence(student, teacher).item() == pytest.approx(value.item(), **close)
+    scales = scale * (1 + randn(n_samples, 1, seed=seed, dtype=torch.float64).abs())
+    assert divergence(teacher, scales * student).item() == pytest.approx(value.item(), **close)
+    assert divergence(scales * teacher, student).item() == pytest.approx(value.item(), **close)
+    order = torch.randperm(n_samples, generator=torch.Generator().manual_seed(seed))
+    assert divergence(teacher[order], student[order]).item() == pytest.approx(value.item(), **close)
+    rotation = torch.linalg.qr(randn(n_scores, n_scores, seed=seed + 1, dtype=torch.float64)).Q
+    assert divergence(teacher, student @ rotation).item() == pytest.approx(value.item(), **close)
+
+
+def test_divergence_tells_signs_apart():
+    maps = randn(4, 5, dtype=torch.float64)
+    flipped = maps * torch.tensor([1.0, -1.0, 1.0, 1.0])[:, None]
+    assert divergence(maps, maps).item() == pytest.approx(0, abs=1e-12)
+    assert divergence(maps, flipped) > 0.1
+    assert divergence(flipped, flipped).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_divergence_has_no_gradient_where_the_grams_are_equal(detach):
+    teacher = randn(4, 5, dtype=torch.float64).requires_grad_()
+    student = (3 * teacher.detach()).requires_grad_()
+    value = divergence(teacher, student, detach_teacher=detach)
+    of_teacher, of_student = torch.autograd.grad(value, (teacher, student), materialize_grads=True)
+    assert of_teacher.abs().max() < 1e-14
+    assert of_student.abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("n_samples", [2, 4])
+def test_gradient_of_the_divergence_is_the_derivative(n_samples):
+    maps = [randn(n_samples, 5, seed=seed, dtype=torch.float64).requires_grad_() for seed in (1, 2)]
+    assert torch.autograd.gradcheck(divergence, maps)
+
+
+def test_detached_teacher_gets_no_gradient_of_the_divergence():
+    maps = [randn(4, 5, seed=seed, dtype=torch.float64).requires_grad_() for seed in (1, 2)]
+    attached = divergence(*maps)
+    detached = divergence(*maps, detach_teacher=True)
+    assert torch.equal(detached, attached)
+    (expected,) = torch.autograd.grad(attached, maps[1])
+    of_teacher, of_student = torch.autograd.grad(detached, maps, materialize_grads=True)
+    assert torch.equal(of_student, expected)
+    assert of_teacher.abs().max() == 0
+    assert torch.autograd.gradcheck(lambda x: divergence(maps[0].detach(), x, detach_teacher=True), maps[1])
+
+
+def nearly_opposite(angle: float) -> Tensor:
+    return torch.tensor([[1, 0], [-math.cos(angle), math.sin(angle)]], dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(("angle", "on_tangent"), [(0.01, False), (1.4e-3, False), (1.37e-3, True), (1e-4, True)])
+def test_divergence_goes_on_along_its_tangent(angle, on_tangent):
+    """The product of the Grams is the square of the angle by which the maps are not opposite, and may be 2^-19."""
+    alike, student = torch.tensor([[1.0, 0]] * 2, dtype=torch.float64), nearly_opposite(angle)
+    product = 2 - 2 * math.cos(angle)
+    assert (product < 2**-19) == on_tangent
+    beyond = 2 / math.log(2) * (1 - product * 2**19) if on_tangent else 0.0
+    norms = math.log2(4 * (2 + 2 * math.cos(angle) ** 2))
+    value = divergence(alike, student)
+    assert value.item() == pytest.approx(norms - 2 * math.log2(max(product, 2**-19)) + beyond, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: divergence(alike, x), student, atol=1e-3)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.abs().max() > 1
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_divergence_of_what_is_not_finite_is_nan(bad, who):
+    maps = [randn(4, 5, seed=1), randn(4, 5, seed=2)]
+    maps[who][2, 3] = bad
+    assert divergence(*maps).isnan()
 
 
 # Both: derivatives, layout of gradients, repeatability, autocast.

@@ -42,6 +42,7 @@ INDEX = {
     "own": [0, 1, 2],
 }
 WEIGHTS = [{}, {"lambda_r": 0.3, "lambda_d": -1.7}, {"lambda_r": 0.0}, {"lambda_d": 0.0}]
+DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
 
 
 def pair(**keywords) -> tuple[SAMFeatures, SAMFeatures]:
@@ -60,6 +61,12 @@ def results(function, relation, teacher, student, **keywords) -> dict[str, Tenso
     of_student, of_module = gradients(terms.loss, student, relation)
     module = torch.cat([gradient.flatten() for gradient in of_module.values()])
     return {**{name: value.detach() for name, value in terms._asdict().items()}, **of_student, "module": module}
+
+
+def distillation_by_hand(teacher_gram: Tensor, student_gram: Tensor, distillation: str, alpha: float = 2.0) -> Tensor:
+    if distillation == "mutual_information":
+        return -mutual_information(teacher_gram, student_gram, alpha)
+    return -2 * torch.cosine_similarity(teacher_gram.flatten(), student_gram.flatten(), 0).log2()
 
 
 def in_double(relation: RelationModule) -> RelationModule:
@@ -120,8 +127,10 @@ def test_choice_of_token(token):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_loss_weighs_its_terms(weights):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_loss_weighs_its_terms(weights, form):
     teacher, student = pair()
+    weights = {**weights, "distillation": form}
     infosam = InfoSAMLoss(DIM, **weights)
     loss, compression, distillation = infosam.terms(teacher, in_training(student))
     expected = weights.get("lambda_r", 1.0) * compression + weights.get("lambda_d", 0.5) * distillation
@@ -134,16 +143,17 @@ def test_loss_weighs_its_terms(weights):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.01, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("index", [None, [2, 0, 1, 0, 2]], ids=["none", "unsorted"])
-def test_terms_are_entropies_of_grams(alpha, index):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_terms_are_those_of_the_grams(alpha, index, form):
     relation, (teacher, student) = relation_module(dtype=torch.float64), pair(dtype=torch.float64, image_index=index)
     trained = in_training(student)
-    terms = infosam_terms(relation, teacher, trained, alpha=alpha)
+    terms = infosam_terms(relation, teacher, trained, alpha=alpha, distillation=form)
     again = in_training(student)
     of_teacher, of_student = (gram_matrix(relation(*f).flatten(1)) for f in (teacher, again))
     images = teacher.image_features if index is None else teacher.image_features[index]
     inputs = gram_matrix(images.flatten(1)), gram_matrix(teacher.mask_tokens.flatten(1))
     compression = renyi_entropy(of_teacher, alpha) - joint_entropy(*inputs, of_teacher, alpha=alpha)
-    distillation = -mutual_information(of_teacher, of_student, alpha)
+    distillation = distillation_by_hand(of_teacher, of_student, form, alpha)
     assert terms.compression.item() == pytest.approx(compression.item(), rel=1e-9)
     assert terms.distillation.item() == pytest.approx(distillation.item(), rel=1e-9)
     by_hand = gradients(compression + 0.5 * distillation, again, relation)
@@ -161,6 +171,20 @@ def test_alpha_of_the_module_is_used():
         infosam_terms(infosam.relation, teacher, in_training(student), alpha=1.0).loss,
     )
     assert infosam_terms(infosam.relation, teacher, in_training(student)).loss != infosam(teacher, in_training(student))
+
+
+def test_distillation_of_the_module_is_used():
+    teacher, student = pair()
+    infosam = InfoSAMLoss(DIM, distillation="cauchy_schwarz")
+    of_module = infosam.terms(teacher, in_training(student))
+    of_function, papers = (
+        infosam_terms(infosam.relation, teacher, in_training(student), distillation=form)
+        for form in ("cauchy_schwarz", "mutual_information")
+    )
+    assert all(map(torch.equal, of_module, of_function))
+    assert torch.equal(of_module.compression, papers.compression)
+    assert of_module.distillation > 0 > papers.distillation
+    assert torch.equal(papers.loss, infosam_terms(infosam.relation, teacher, in_training(student)).loss)
 
 
 # The relation module.
@@ -222,8 +246,9 @@ def test_dtype_of_maps(features, tokens, module, result):
     n_tokens=st.integers(1, 2),
     alike=st.integers(0, 3),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    form=st.sampled_from(DISTILLATIONS),
 )
-def test_terms_stay_within_their_bounds(seed, index, n_tokens, alike, scale):
+def test_terms_stay_within_their_bounds(seed, index, n_tokens, alike, scale, form):
     teacher, student = (
         sam_features(4, seed=s, dim=4, size=(2, 3), n_tokens=n_tokens, image_index=index, dtype=torch.float64)
         for s in (seed, seed + 20_000)
@@ -231,20 +256,50 @@ def test_terms_stay_within_their_bounds(seed, index, n_tokens, alike, scale):
     for features in (teacher, student):
         features.mask_tokens[: alike + 1] = features.mask_tokens[0].clone()
         features.image_features[: alike + 1] = features.image_features[0].clone() * scale
-    infosam = InfoSAMLoss(4, token="all").double()
+    infosam = InfoSAMLoss(4, token="all", distillation=form).double()
     with torch.no_grad():
         terms = infosam.terms(teacher, student)
     diagnostics = infosam.diagnostics()
-    assert -math.log2(len(student.mask_tokens)) - 1e-9 <= terms.compression <= 1e-9
-    assert terms.distillation >= -min(diagnostics.teacher_entropy, diagnostics.student_entropy) - 1e-9
+    n_bits = math.log2(len(student.mask_tokens))
+    assert -n_bits - 1e-9 <= terms.compression <= 1e-9
+    if form == "mutual_information":
+        assert terms.distillation >= -min(diagnostics.teacher_entropy, diagnostics.student_entropy) - 1e-9
+    else:
+        assert -1e-9 <= terms.distillation < 43 + 2 * n_bits
 
 
-def test_distillation_has_a_gradient_where_the_student_equals_the_teacher():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_gradient_of_the_distillation_where_the_student_equals_the_teacher(form):
+    """The paper's leads away from there; the Cauchy-Schwarz divergence is zero and stays."""
     relation, (teacher, _) = relation_module(), pair()
     student = in_training(teacher)
-    infosam_terms(relation, teacher, student).distillation.backward()
-    assert student.image_features.grad.abs().max() > 1e-4
-    assert student.mask_tokens.grad.abs().max() > 1e-4
+    terms = infosam_terms(relation, teacher, student, distillation=form)
+    for gradient in torch.autograd.grad(terms.distillation, (student.image_features, student.mask_tokens)):
+        if form == "mutual_information":
+            assert gradient.abs().max() > 1e-4
+        else:
+            assert gradient.abs().max() < 1e-9
+    assert form == "mutual_information" or terms.distillation.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_a_student_that_follows_the_distillation(form):
+    """From near the teacher: the paper's takes the Gram of the relations away from there, the other one home."""
+    relation, (teacher, other) = relation_module().requires_grad_(False), pair()
+    teacher = teacher._replace(image_features=teacher.image_features + 2 * teacher.image_features[:1])
+    student = in_training(teacher._replace(mask_tokens=teacher.mask_tokens + 0.2 * other.mask_tokens))
+    optimizer = torch.optim.Adam([student.image_features, student.mask_tokens], lr=0.01)
+    distances = []
+    for _ in range(60):
+        grams = [gram_matrix(relation(*features).flatten(1).detach()) for features in (teacher, student)]
+        distances.append((grams[0] - grams[1]).norm().item())
+        optimizer.zero_grad()
+        infosam_terms(relation, teacher, student, distillation=form).distillation.backward()
+        optimizer.step()
+    if form == "mutual_information":
+        assert distances[-1] > 3 * distances[0]
+    else:
+        assert distances[-1] < 0.2 * distances[0]
 
 
 def test_distillation_is_least_for_orthogonal_relations_of_the_student():
@@ -273,16 +328,16 @@ def test_distillation_is_least_for_orthogonal_relations_of_the_student():
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("index", [None, [1, 0, 1]], ids=["none", "repeated"])
-def test_gradient_of_the_loss_is_the_derivative(alpha, index):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_gradient_of_the_loss_is_the_derivative(alpha, index, form):
     keywords = {"dim": 4, "size": (2, 2), "image_index": index, "dtype": torch.float64}
     relation = relation_module(4, dtype=torch.float64)
     teacher, student = sam_features(3, seed=0, **keywords), sam_features(3, seed=10, **keywords)
 
     # gradcheck moves the entries of its inputs in place, the module's parameter among them.
     def terms(image_features, mask_tokens, _weight, _gamma):
-        return tuple(
-            infosam_terms(relation, teacher, SAMFeatures(image_features, mask_tokens, student.image_index), alpha=alpha)
-        )
+        moved = SAMFeatures(image_features, mask_tokens, student.image_index)
+        return tuple(infosam_terms(relation, teacher, moved, alpha=alpha, distillation=form))
 
     trained = in_training(student)
     parameters = relation.key_proj.weight, relation.layer_norm_feat.weight
@@ -300,36 +355,45 @@ def test_gradient_of_the_relation_is_the_derivative(index):
     )
 
 
-@pytest.mark.parametrize("function", [infosam_terms, lambda r, t, s: InfoSAMLoss(DIM).terms(t, s)])
-def test_a_second_derivative_is_refused(function):
+@pytest.mark.parametrize(
+    "function",
+    [infosam_terms, lambda r, t, s, **form: InfoSAMLoss(DIM, **form).terms(t, s)],
+    ids=["function", "module"],
+)
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_a_second_derivative_is_refused(function, form):
     teacher, student = pair()
     student = in_training(student)
     with pytest.raises(NotImplementedError, match=r"must run without create_graph=True"):
         torch.autograd.grad(
-            function(relation_module(), teacher, student).loss, student.image_features, create_graph=True
+            function(relation_module(), teacher, student, distillation=form).loss,
+            student.image_features,
+            create_graph=True,
         )
 
 
-def test_detached_teacher_relation_gives_the_distillation_no_gradient_through_it():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_detached_teacher_relation_gives_the_distillation_no_gradient_through_it(form):
     relation, (teacher, student) = relation_module(dtype=torch.float64), pair(dtype=torch.float64)
     trained = in_training(student)
-    detached = infosam_terms(relation, teacher, trained, lambda_r=0.7, detach_teacher_relation=True)
-    attached = infosam_terms(relation, teacher, in_training(student), lambda_r=0.7)
+    keywords = {"lambda_r": 0.7, "distillation": form}
+    detached = infosam_terms(relation, teacher, trained, detach_teacher_relation=True, **keywords)
+    attached = infosam_terms(relation, teacher, in_training(student), **keywords)
     assert torch.equal(detached.loss, attached.loss)
     actual = gradients(detached.loss, trained, relation)
 
     again = in_training(student)
     constant = gram_matrix(relation(*teacher).flatten(1).detach())
-    distillation = -mutual_information(constant, gram_matrix(relation(*again).flatten(1)))
+    distillation = distillation_by_hand(constant, gram_matrix(relation(*again).flatten(1)), form)
     compression = infosam_terms(relation, teacher, again).compression
     expected = gradients(0.7 * compression + 0.5 * distillation, again, relation)
-    ordinary = results(infosam_terms, relation, teacher, student, lambda_r=0.7)["module"]
+    ordinary = results(infosam_terms, relation, teacher, student, **keywords)["module"]
     for a, e in zip(actual, expected, strict=True):
         for name in e:
             assert_close_on_scale(a[name], e[name], name=name, rtol=1e-8)
     assert not torch.allclose(torch.cat([g.flatten() for g in actual[1].values()]), ordinary, rtol=1e-3, atol=1e-5)
 
-    infosam = InfoSAMLoss(DIM, lambda_r=0.7, detach_teacher_relation=True).double()
+    infosam = InfoSAMLoss(DIM, detach_teacher_relation=True, **keywords).double()
     infosam.relation = relation
     trained = in_training(student)
     of_module = gradients(infosam(teacher, trained), trained, relation)[1]
@@ -405,9 +469,11 @@ def test_defaults_are_the_papers():
     infosam = InfoSAMLoss()
     assert (infosam.lambda_r, infosam.lambda_d, infosam.alpha, infosam.token) == (1.0, 0.5, 2.0, "first")
     assert infosam.detach_teacher_relation is infosam.check_finite is False
+    assert infosam.distillation == "mutual_information"
     assert infosam.relation.dim == 256
     assert sum(parameter.numel() for parameter in infosam.parameters()) == 132_608
-    assert repr(infosam).splitlines()[1].strip() == "lambda_r=1.0, lambda_d=0.5, alpha=2.0, token='first'"
+    settings = "lambda_r=1.0, lambda_d=0.5, alpha=2.0, distillation='mutual_information', token='first'"
+    assert repr(infosam).splitlines()[1].strip() == settings
 
 
 def test_state_dict_is_that_of_the_relation():
@@ -423,7 +489,7 @@ def test_state_dict_is_that_of_the_relation():
 
 @pytest.mark.parametrize("stepped", [False, True])
 def test_deepcopy_pickle_and_save(stepped):
-    infosam = InfoSAMLoss(DIM, lambda_r=0.3, alpha=1.5, token=1)
+    infosam = InfoSAMLoss(DIM, lambda_r=0.3, alpha=1.5, distillation="cauchy_schwarz", token=1)
     teacher, student = pair(n_tokens=2)
     if stepped:
         infosam(teacher, in_training(student))
@@ -464,12 +530,13 @@ def test_a_split_batch_is_another_loss():
     assert abs(sum(halves) / 2 - whole) > 0.05
 
 
-def test_order_of_samples_does_not_matter():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_order_of_samples_does_not_matter(form):
     relation, (teacher, student) = relation_module(dtype=torch.float64), pair(dtype=torch.float64)
     order = [2, 0, 3, 1]
     moved = (SAMFeatures(f.image_features[order], f.mask_tokens[order]) for f in (teacher, student))
-    expected = results(infosam_terms, relation, teacher, student)
-    actual = results(infosam_terms, relation, *moved)
+    expected = results(infosam_terms, relation, teacher, student, distillation=form)
+    actual = results(infosam_terms, relation, *moved, distillation=form)
     for name in expected:
         value = expected[name][order] if name in ("image_features", "mask_tokens") else expected[name]
         assert_close_on_scale(actual[name], value, name=name, rtol=1e-10)
@@ -527,6 +594,21 @@ def test_order_must_be_positive(alpha):
         InfoSAMLoss(DIM, alpha=alpha)
     with pytest.raises(ValueError, match=rf"alpha must be a number above 0, got {alpha}"):
         infosam_terms(relation_module(), pair()[0], in_training(pair()[1]), alpha=alpha)
+
+
+@pytest.mark.parametrize("value", ["Cauchy-Schwarz", "", None, True, ["cauchy_schwarz"]])
+def test_distillation_must_be_one_of_the_two(value):
+    message = (
+        r"{}: distillation must be one of \('mutual_information', 'cauchy_schwarz'\), "
+        rf"got {re.escape(repr(value))}; 'mutual_information' is the paper's"
+    )
+    with pytest.raises(ValueError, match=message.format("InfoSAMLoss")):
+        InfoSAMLoss(DIM, distillation=value)
+    infosam = InfoSAMLoss(DIM)
+    infosam.distillation = value
+    for call in (infosam, lambda t, s: infosam_terms(infosam.relation, t, s, distillation=value)):
+        with pytest.raises(ValueError, match=message.format("infosam_terms")):
+            call(pair()[0], in_training(pair()[1]))
 
 
 @pytest.mark.parametrize("token", ["second", -1, 1.0, True, None])

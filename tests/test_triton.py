@@ -218,6 +218,7 @@ def test_gradient_of_rows_that_overlap():
 # infosam_terms.
 
 BLOCK_L = infosam_terms_triton.map_blocks(4)["BLOCK_L"]
+DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
 SIZES = [(2, 1), (3, BLOCK_L - 1), (4, BLOCK_L), (4, BLOCK_L + 1), (5, 3 * BLOCK_L + 5), (16, 40), (17, 33), (40, 20)]
 
 
@@ -241,9 +242,10 @@ def terms_and_gradients(impl, arguments, upstream=(-1.7, 0.4, -2.1), **keywords)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_terms_of_relations(size, dtype):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_terms_of_relations(size, dtype, form):
     arguments = relations(*size, dtype)
-    keywords = {"lambda_r": 1.5, "lambda_d": 0.25}
+    keywords = {"lambda_r": 1.5, "lambda_d": 0.25, "distillation": form}
     actual, actual_gradients = terms_and_gradients("triton", arguments, **keywords)
     eager, eager_gradients = terms_and_gradients("reference", arguments, **keywords)
     exact, exact_gradients = terms_and_gradients("reference", [value.double() for value in arguments], **keywords)
@@ -272,10 +274,11 @@ def test_terms_where_a_program_has_several_stretches(elements, monkeypatch):
 
 @pytest.mark.parametrize("upstream", [(-1.7, 0, 0), (0, -1.7, 0), (0, 0, -1.7)], ids=["loss", "L_r", "L_d"])
 @pytest.mark.parametrize("detach", [False, True])
-def test_every_term_has_its_own_gradient(upstream, detach):
-    arguments = relations(5, 70)
-    actual = terms_and_gradients("triton", arguments, upstream, detach_teacher=detach)[1]
-    expected = terms_and_gradients("reference", arguments, upstream, detach_teacher=detach)[1]
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_every_term_has_its_own_gradient(upstream, detach, form):
+    arguments, keywords = relations(5, 70), {"detach_teacher": detach, "distillation": form}
+    actual = terms_and_gradients("triton", arguments, upstream, **keywords)[1]
+    expected = terms_and_gradients("reference", arguments, upstream, **keywords)[1]
     for name, a, e in zip(("teacher", "student"), actual, expected, strict=True):
         if e.abs().max() == 0:
             assert torch.equal(a, e), name
@@ -283,32 +286,62 @@ def test_every_term_has_its_own_gradient(upstream, detach):
             assert_close_on_scale(a, e, name=name, rtol=1e-6)
 
 
-def test_nearly_equal_relations_keep_their_digits():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_nearly_equal_relations_keep_their_digits(form):
     """In fp32 the Gram of maps that differ by 1e-3 is all ones but for six digits; fp64 keeps the gradient's."""
     base = randn(1, 300, seed=8)
     maps = [base + 1e-3 * randn(4, 300, seed=seed) for seed in (9, 10)]
     arguments = (*relations(4, 300)[:2], *on_device(*maps))
-    actual = terms_and_gradients("triton", arguments)[1]
-    exact = terms_and_gradients("reference", [value.double() for value in arguments])[1]
+    actual = terms_and_gradients("triton", arguments, distillation=form)[1]
+    exact = terms_and_gradients("reference", [value.double() for value in arguments], distillation=form)[1]
     for name, a, t in zip(("teacher", "student"), actual, exact, strict=True):
         assert_close_on_scale(a, t, name=name, rtol=1e-6)
 
 
-def test_a_zero_relation_is_orthogonal_and_gets_no_gradient():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_a_zero_relation_is_orthogonal_and_gets_no_gradient(form):
     arguments = relations(4, 50)
     arguments[2][1] = 0
     arguments[3][3] = 0
-    actual, actual_gradients = terms_and_gradients("triton", arguments)
-    expected, expected_gradients = terms_and_gradients("reference", arguments)
+    actual, actual_gradients = terms_and_gradients("triton", arguments, distillation=form)
+    expected, expected_gradients = terms_and_gradients("reference", arguments, distillation=form)
     for a, e in zip((*actual, *actual_gradients), (*expected, *expected_gradients), strict=True):
         assert_close_on_scale(a, e, name="zero relation", rtol=1e-6)
-    assert torch.equal(actual_gradients[0][1], torch.zeros_like(actual_gradients[0][1]))
+    for who, sample in ((0, 1), (1, 3)):
+        assert torch.equal(actual_gradients[who][sample], torch.zeros_like(actual_gradients[who][sample]))
 
 
-def test_nan_reaches_the_loss():
+@pytest.mark.parametrize(("angle", "on_tangent"), [(0.0, True), (1e-3, True), (2e-3, False), (0.1, False)], ids=str)
+def test_divergence_of_nearly_orthogonal_grams_is_finite(angle, on_tangent):
+    """The teacher's maps are alike, the student's opposite but for an angle, whose square the Grams' product is."""
+    teacher, student = torch.ones(2, 7), torch.zeros(2, 7)
+    student[:, 0] = torch.tensor([1.0, -math.cos(angle)])
+    student[1, 1] = math.sin(angle)
+    arguments = (*relations(2, 7)[:2], *on_device(teacher, student))
+    keywords = {"distillation": "cauchy_schwarz", "upstream": (0, 0, -1.7)}
+    actual, actual_gradients = terms_and_gradients("triton", arguments, **keywords)
+    exact, exact_gradients = terms_and_gradients("reference", [value.double() for value in arguments], **keywords)
+    assert actual.distillation.item() == pytest.approx(exact.distillation.item(), rel=1e-6)
+    assert (actual.distillation > 40) == on_tangent
+    for name, a, e in zip(("teacher", "student"), actual_gradients, exact_gradients, strict=True):
+        # The teacher's is nothing but rounding, and so is the student's at the angle 0.
+        assert_close_on_scale(a, e, name=name, rtol=1e-6, scale=1.0)
+    assert (actual_gradients[1].abs().max() > 1) == (angle > 0)
+
+
+def test_divergence_of_equal_relations_is_zero_without_gradient():
+    image_gram, token_gram, maps, _ = relations(5, 70)
+    keywords = {"distillation": "cauchy_schwarz", "upstream": (0, 0, -1.7)}
+    terms, gradients_of_maps = terms_and_gradients("triton", (image_gram, token_gram, maps, maps), **keywords)
+    assert terms.distillation.item() == pytest.approx(0, abs=1e-12)
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients_of_maps)
+
+
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_nan_reaches_the_loss(form):
     arguments = relations(4, 50)
     arguments[3][2, 7] = math.nan
-    terms = terms_of_relations(*arguments, impl="triton")
+    terms = terms_of_relations(*arguments, distillation=form, impl="triton")
     assert terms.loss.isnan()
     assert terms.distillation.isnan()
     assert not terms.compression.isnan()
@@ -418,9 +451,10 @@ def setting(dtype=torch.float32, image_index=None):
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("image_index", [None, [0, 1, 0, 2, 2]], ids=str)
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_loss_is_that_of_the_reference(dtype, image_index, detach):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_the_loss_is_that_of_the_reference(dtype, image_index, detach, form):
     arguments = setting(dtype, image_index)
-    keywords = {"lambda_r": 0.7, "lambda_d": 1.5, "detach_teacher_relation": detach}
+    keywords = {"lambda_r": 0.7, "lambda_d": 1.5, "detach_teacher_relation": detach, "distillation": form}
     actual = loss_and_gradients(infosam_terms, *arguments, impl="triton", **keywords)
     expected = loss_and_gradients(infosam_terms, *arguments, impl="reference", **keywords)
     largest = max(value.abs().max().item() for value in expected[5:])
@@ -451,44 +485,54 @@ def test_the_loss_is_that_of_the_official_implementation(name, layout):
 
 def test_other_orders_run_where_they_can():
     teacher, student, relation = setting()
-    with pytest.raises(RuntimeError, match=r"got alpha = 1\.5 \(the kernels know the closed form of 2\); use impl="):
-        infosam_terms(relation, teacher, student, alpha=1.5, impl="triton")
-    assert infosam_terms(relation, teacher, student, alpha=1.5).loss.isfinite()
+    for form in DISTILLATIONS:
+        keywords = {"alpha": 1.5, "distillation": form}
+        with pytest.raises(
+            RuntimeError, match=r"got alpha = 1\.5 \(the kernels know the closed form of 2\); use impl="
+        ):
+            infosam_terms(relation, teacher, student, impl="triton", **keywords)
+        assert infosam_terms(relation, teacher, student, **keywords).loss.isfinite()
 
 
 # What torch.compile itself does when it traces an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_the_loss_under_torch_compile():
+@pytest.mark.parametrize(
+    ("form", "impl"),
+    [("mutual_information", "triton"), ("cauchy_schwarz", "triton"), ("cauchy_schwarz", "reference")],
+)
+def test_the_loss_under_torch_compile(form, impl):
     teacher, student, relation = setting()
     compiled = torch.compile(
-        lambda relation, teacher, student: infosam_terms(relation, teacher, student, impl="triton"),
+        lambda relation, teacher, student: infosam_terms(relation, teacher, student, distillation=form, impl=impl),
         fullgraph=True,
         backend="aot_eager",
     )
     actual = loss_and_gradients(compiled, teacher, student, relation)
-    expected = loss_and_gradients(infosam_terms, teacher, student, relation, impl="triton")
+    expected = loss_and_gradients(infosam_terms, teacher, student, relation, distillation=form, impl=impl)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_changes_no_bit(low):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_autocast_changes_no_bit(low, form):
     arguments = setting()
-    expected = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    expected = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
     with torch.autocast(DEVICE, low):
-        actual = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+        actual = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
 
-def test_repeated_steps_are_bitwise_equal_and_nothing_is_left_unwritten():
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_repeated_steps_are_bitwise_equal_and_nothing_is_left_unwritten(form):
     """In deterministic mode PyTorch fills what ``empty`` returns with NaN."""
     arguments = setting()
-    expected = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+    expected = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
-        actual = loss_and_gradients(infosam_terms, *arguments, impl="triton")
+        actual = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
     finally:
         torch.use_deterministic_algorithms(False)
     for a, e in zip(actual, expected, strict=True):
@@ -511,7 +555,8 @@ def operator_arguments() -> dict[str, tuple]:
         "relation_scores_backward": (x, directions, torch.ones(2, 2, 15, device=DEVICE), 1e-5, True, True),
         "batch_gram": (rows,),
         "batch_gram_backward": (rows, torch.ones(2, 2, dtype=torch.float64, device=DEVICE)),
-        "infosam_terms": (image_gram, token_gram, *maps, 1.0, 0.5, False),
+        "infosam_terms": (image_gram, token_gram, *maps, 1.0, 0.5, "mutual_information", False),
+        "infosam_terms, cauchy_schwarz": (image_gram, token_gram, *maps, 1.0, 0.5, "cauchy_schwarz", False),
         "gram_moment": ([rows, rows.detach().clone().requires_grad_()], "linear rbf", [0.0, 1.5], [1, 1]),
         "gram_moment_backward": (
             [rows, rows],
@@ -527,7 +572,7 @@ def operator_arguments() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", [name for name in operator_arguments() if not name.endswith("backward")])
 def test_operators_are_well_registered(name):
-    torch.library.opcheck(getattr(torch.ops.renyi_kd, name), operator_arguments()[name])
+    torch.library.opcheck(getattr(torch.ops.renyi_kd, name.partition(",")[0]), operator_arguments()[name])
 
 
 @pytest.mark.parametrize("name", [name for name in operator_arguments() if name.endswith("backward")])
@@ -546,12 +591,19 @@ def test_operators_of_the_backward_are_well_registered(name):
             lambda x, _: gram_moment([x.flatten(1)], [RBF], impl="triton"),
             r"use renyi_entropy\(gram_matrix\(features\)\)",
         ),
-        (
-            lambda x, _: terms_of_relations(*relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, impl="triton").loss,
-            "use impl='reference' for the terms",
-        ),
+        *[
+            (
+                lambda x, _, form=form: (
+                    terms_of_relations(
+                        *relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, distillation=form, impl="triton"
+                    ).loss
+                ),
+                "use impl='reference' for the terms",
+            )
+            for form in DISTILLATIONS
+        ],
     ],
-    ids=["relation_scores", "batch_gram", "gram_moment", "infosam_terms"],
+    ids=["relation_scores", "batch_gram", "gram_moment", *(f"infosam_terms, {form}" for form in DISTILLATIONS)],
 )
 def test_second_derivative_is_refused(function, way_out):
     x, directions = on_device(*inputs((3, 6, 4, 5)))

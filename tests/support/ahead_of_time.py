@@ -14,8 +14,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import torch
@@ -28,6 +29,7 @@ from renyi_kd.kernels.batch_gram import triton as batch_gram
 from renyi_kd.kernels.gram_moment import triton as gram_moment
 from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
+from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.kernels.relation_directions import triton as relation_directions
 from renyi_kd.kernels.relation_directions.weights import RelationWeights
 from renyi_kd.kernels.relation_scores import triton as relation_scores
@@ -151,8 +153,8 @@ def call_directions(channels: int, dtype: torch.dtype) -> None:
 def call_terms(samples: int) -> None:
     gram = torch.empty(samples, samples, dtype=torch.float64)
     teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
-    for detach in (False, True):
-        terms = infosam_terms.infosam_terms(gram, gram, teacher, student, detach_teacher=detach)
+    for form, detach in product(get_args(Distillation), (False, True)):
+        terms = infosam_terms.infosam_terms(gram, gram, teacher, student, distillation=form, detach_teacher=detach)
         terms.loss.backward()
 
 
@@ -205,7 +207,10 @@ def main() -> None:
         row = {
             "kernel": kernel.__name__,
             "types": arguments.types,
-            "constants": {str(path): value for path, value in arguments.constants.items()},
+            "constants": {
+                ".".join([kernel.params[first].name, *map(str, inner)]): value
+                for (first, *inner), value in arguments.constants.items()
+            },
             "options": options,
             "machine_code_bytes": len(compiled.asm.get("cubin", compiled.asm.get("hsaco", b""))),
             "spilled": spilled(compiled),

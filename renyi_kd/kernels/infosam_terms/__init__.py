@@ -6,7 +6,7 @@ from torch import Tensor
 
 from renyi_kd.kernels.dispatch import Impl, resolve
 from renyi_kd.kernels.infosam_terms import reference
-from renyi_kd.kernels.infosam_terms.terms import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import Distillation, RelationTerms
 
 # A row of each Gram must fit in the registers of one program.
 MAX_SAMPLES = 256
@@ -21,6 +21,7 @@ def infosam_terms(
     lambda_r: float = 1.0,
     lambda_d: float = 0.5,
     alpha: float = 2.0,
+    distillation: Distillation = "mutual_information",
     detach_teacher: bool = False,
     impl: Impl = "auto",
 ) -> RelationTerms:
@@ -40,6 +41,7 @@ def infosam_terms(
             student_scores,
             lambda_r=lambda_r,
             lambda_d=lambda_d,
+            distillation=distillation,
             detach_teacher=detach_teacher,
         )
     return reference.infosam_terms(
@@ -50,5 +52,6 @@ def infosam_terms(
         lambda_r=lambda_r,
         lambda_d=lambda_d,
         alpha=alpha,
+        distillation=distillation,
         detach_teacher=detach_teacher,
     )

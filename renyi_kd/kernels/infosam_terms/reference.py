@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from renyi_kd.entropy import renyi_entropy
 from renyi_kd.gram import unit_diagonal
-from renyi_kd.kernels.infosam_terms.terms import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import LEAST_PRODUCT, Distillation, RelationTerms
 
 
 def infosam_terms(
@@ -19,6 +21,7 @@ def infosam_terms(
     lambda_r: float = 1.0,
     lambda_d: float = 0.5,
     alpha: float = 2.0,
+    distillation: Distillation = "mutual_information",
     detach_teacher: bool = False,
 ) -> RelationTerms:
     """Return the compression term L_r, the distillation term L_d and their weighted sum, in bits.
@@ -29,6 +32,12 @@ def infosam_terms(
     ``L_d >= -min(S(R_T), S(R_S))``. L_d is not smallest where the student equals the teacher, but where the
     student's relations are orthogonal to each other.
 
+    Under ``distillation="cauchy_schwarz"`` L_d is instead the Cauchy-Schwarz divergence of the Grams of R_T and R_S,
+    ``-log2(<G_T, G_S>^2 / (||G_T||_F^2 ||G_S||_F^2))``: symmetric, not negative but for rounding, zero exactly where
+    the Grams are equal, not blind to signs, and independent of alpha. It would be infinite where the Grams are
+    orthogonal, as those of (1, 1) and (1, -1) are; where ``<G_T, G_S> < 2^-20 s``, which is nowhere below 40 bits, the
+    logarithm goes on along its tangent, so that ``L_d < 43 + 2 log2 s`` and every gradient is finite.
+
     Args:
         image_gram: ``[s, s]`` in fp64: inner products of the teacher's image features.
         token_gram: ``[s, s]`` in fp64: of the teacher's mask tokens.
@@ -37,6 +46,7 @@ def infosam_terms(
         lambda_r: weight of L_r.
         lambda_d: weight of L_d.
         alpha: order of the entropies, in (0, inf].
+        distillation: which L_d, as above.
         detach_teacher: whether L_d takes the teacher's Gram as a constant.
 
     Returns:
@@ -44,7 +54,7 @@ def infosam_terms(
 
     Cost: O(s^2) products of score maps in fp64; then O(s^2) at alpha = 2, O(s^3) elsewhere.
 
-    Source: Zhang et al., InfoSAM, ICML 2025: the compression loss L_r and the distillation loss L_d.
+    Source: Zhang et al., InfoSAM, ICML 2025: the compression loss L_r and, by default, the distillation loss L_d.
 
     """
     # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
@@ -53,12 +63,23 @@ def infosam_terms(
     image, token, teacher, student = unit_diagonal(grams).unbind()
     target = teacher.detach() if detach_teacher else teacher
     # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
-    marginal, joint, fixed, of_student, both = renyi_entropy(
-        torch.stack([teacher, image * token * teacher, target, student, target * student]), alpha
-    )
-    compression, distillation = marginal - joint, both - fixed - of_student
-    loss = lambda_r * compression + lambda_d * distillation
+    grams_of_compression = [teacher, image * token * teacher]
+    if distillation == "cauchy_schwarz":
+        marginal, joint = renyi_entropy(torch.stack(grams_of_compression), alpha)
+        l_d = _cauchy_schwarz_divergence(target, student)
+    else:
+        marginal, joint, fixed, of_student, both = renyi_entropy(
+            torch.stack([*grams_of_compression, target, student, target * student]), alpha
+        )
+        l_d = both - fixed - of_student
+    l_r = marginal - joint
+    loss = lambda_r * l_r + lambda_d * l_d
     dtype = teacher_scores.dtype
-    return RelationTerms(
-        loss.to(dtype), compression.to(dtype), distillation.to(dtype), teacher.detach(), student.detach()
-    )
+    return RelationTerms(loss.to(dtype), l_r.to(dtype), l_d.to(dtype), teacher.detach(), student.detach())
+
+
+def _cauchy_schwarz_divergence(a: Tensor, b: Tensor) -> Tensor:
+    product, least = (a * b).sum(), LEAST_PRODUCT * len(a)
+    # One logarithm each: equal Grams give three equal sums, of which nothing is left.
+    bits = a.square().sum().log2() + b.square().sum().log2() - 2 * product.clamp_min(least).log2()
+    return bits + 2 / (least * math.log(2)) * (least - product).relu()

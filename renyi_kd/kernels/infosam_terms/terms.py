@@ -1,10 +1,16 @@
-"""What every implementation of the terms returns."""
+"""What every implementation of the terms takes and returns."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Distillation = Literal["mutual_information", "cauchy_schwarz"]
+
+# Of <G_T, G_S> / s, to which the diagonal alone adds 1: below, the Cauchy-Schwarz divergence goes on along its tangent.
+# It has 40 bits or more there, and what fp64 rounds off a sum of s^2 cosines is still far less.
+LEAST_PRODUCT = 2.0**-20
 
 
 class RelationTerms(NamedTuple):
@@ -13,7 +19,7 @@ class RelationTerms(NamedTuple):
     Attributes:
         loss: ``lambda_r * compression + lambda_d * distillation``, ``[]`` in bits, as the terms.
         compression: L_r.
-        distillation: L_d.
+        distillation: L_d, of the form that was asked for.
         teacher_gram: ``[s, s]`` in fp64 with unit diagonal: cosines of the teacher's relation maps; no gradient.
         student_gram: likewise of the student.
 

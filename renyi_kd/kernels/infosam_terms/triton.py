@@ -7,6 +7,11 @@ q_t = sum t^2, q_s = sum s^2, q_j = sum (a b t)^2, q_b = sum (t s)^2 over all n^
     dL_r/dt = 2 t (a^2 b^2 / q_j - 1 / q_t) / ln 2
     dL_d/dt = 2 t (1 / q_t - s^2 / q_b) / ln 2          dL_d/ds = 2 s (1 / q_s - t^2 / q_b) / ln 2
 
+or, as the Cauchy-Schwarz divergence, with q_c = sum t s and m = max(q_c, 2^-20 n):
+
+    L_d = log2(q_t q_s / m^2) + 2 (1 - q_c / m) / ln 2
+    dL_d/dt = 2 (t / q_t - s / m) / ln 2                dL_d/ds = 2 (s / q_s - t / m) / ln 2
+
 and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, H the gradient above off the diagonal:
 
     dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
@@ -27,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd.kernels.infosam_terms.terms import RelationTerms
+from renyi_kd.kernels.infosam_terms.terms import LEAST_PRODUCT, Distillation, RelationTerms
 
 # Elements of a tile of fp64 numbers; not measured on a GPU yet.
 _TILE_ELEMENTS = 2048
@@ -35,6 +40,7 @@ _TILE_ELEMENTS = 2048
 _PARTIAL_ELEMENTS = 2**20
 NUM_WARPS = 4
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LEAST_PRODUCT = tl.constexpr(LEAST_PRODUCT)
 
 
 @triton.jit
@@ -91,7 +97,7 @@ def _infosam_terms_fwd_kernel(
     image_ptr, token_ptr, teacher_ptr, student_ptr,
     loss_ptr, compression_ptr, distillation_ptr, teacher_unit_ptr, student_unit_ptr, mix_ptr,
     n_samples, lambda_r, lambda_d,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DETACH: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DETACH: tl.constexpr, CAUCHY_SCHWARZ: tl.constexpr,
 ):  # fmt: skip
     """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows."""
     columns = tl.arange(0, BLOCK_S)
@@ -111,13 +117,22 @@ def _infosam_terms_fwd_kernel(
         of_teacher += tl.sum(teacher * teacher, 1)
         of_student += tl.sum(student * student, 1)
         of_joint += tl.sum(joint * joint, 1)
-        of_both += tl.sum(both * both, 1)
+        if CAUCHY_SCHWARZ:
+            of_both += tl.sum(both, 1)
+        else:
+            of_both += tl.sum(both * both, 1)
     q_teacher, q_student = tl.sum(of_teacher, 0), tl.sum(of_student, 0)
     q_joint, q_both = tl.sum(of_joint, 0), tl.sum(of_both, 0)
     compression = tl.log2(q_joint) - tl.log2(q_teacher)
-    distillation = (
-        tl.log2(q_teacher) + tl.log2(q_student) - tl.log2(q_both) - 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
-    )
+    if CAUCHY_SCHWARZ:
+        least = _LEAST_PRODUCT * tl.cast(n_samples, tl.float64)
+        product = tl.maximum(q_both, least)
+        distillation = tl.log2(q_teacher) + tl.log2(q_student) - 2.0 * tl.log2(product)
+        distillation += 2.0 / _LN_2 * (1.0 - q_both / product)
+    else:
+        distillation = (
+            tl.log2(q_teacher) + tl.log2(q_student) - tl.log2(q_both) - 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
+        )
     loss = lambda_r * compression + lambda_d * distillation
     tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
     tl.store(compression_ptr, compression.to(tl.float32).to(loss_ptr.dtype.element_ty))
@@ -136,12 +151,18 @@ def _infosam_terms_fwd_kernel(
         grad = 2.0 / _LN_2 * teacher * (given * given / q_joint - 1.0 / q_teacher)
         mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
         tl.store(mix_ptr + places, mix, mask=inside)
-        grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
+        if CAUCHY_SCHWARZ:
+            grad = 2.0 / _LN_2 * (teacher / q_teacher - student / product)
+        else:
+            grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
         if DETACH:
             grad = tl.zeros_like(grad)
         mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
         tl.store(mix_ptr + size + places, mix, mask=inside)
-        grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
+        if CAUCHY_SCHWARZ:
+            grad = 2.0 / _LN_2 * (student / q_student - teacher / product)
+        else:
+            grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
         mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
         tl.store(mix_ptr + 2 * size + places, mix, mask=inside)
         tl.store(teacher_unit_ptr + places, teacher, mask=inside)
@@ -211,6 +232,7 @@ def _forward(
     student_scores: Tensor,
     lambda_r: float,
     lambda_d: float,
+    distillation: str,
     detach_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by."""
@@ -222,7 +244,7 @@ def _forward(
     n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (2 * n_samples**2)))
     n_programs = triton.cdiv(n_stretches, n_steps)
     partial = image_gram.new_empty(n_programs, 2, n_samples, n_samples)
-    loss, compression, distillation, teacher_unit, student_unit, mix = _empty_outputs(image_gram, teacher_scores)
+    loss, l_r, l_d, teacher_unit, student_unit, mix = _empty_outputs(image_gram, teacher_scores)
     with torch.cuda.device_of(teacher_scores):
         _relation_grams_kernel[(n_programs, 2)](
             teacher_scores, student_scores, partial, n_samples, n_scores, n_steps, **blocks, num_warps=NUM_WARPS
@@ -230,10 +252,11 @@ def _forward(
         teacher_gram, student_gram = partial.sum(0).unbind()
         _infosam_terms_fwd_kernel[(1,)](
             image_gram, token_gram, teacher_gram, student_gram,
-            loss, compression, distillation, teacher_unit, student_unit, mix, n_samples, lambda_r, lambda_d,
-            **gram_blocks(n_samples), DETACH=detach_teacher, num_warps=NUM_WARPS,
+            loss, l_r, l_d, teacher_unit, student_unit, mix, n_samples, lambda_r, lambda_d,
+            **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
+            num_warps=NUM_WARPS,
         )  # fmt: skip
-    return loss, compression, distillation, teacher_unit, student_unit, mix
+    return loss, l_r, l_d, teacher_unit, student_unit, mix
 
 
 def _empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -253,6 +276,7 @@ def _(
     student_scores: Tensor,
     lambda_r: float,
     lambda_d: float,
+    distillation: str,
     detach_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(image_gram, teacher_scores)
@@ -296,7 +320,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, _ = inputs
+    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, _, _ = inputs
     ctx.save_for_backward(teacher_scores, student_scores, output[-1])
     ctx.mark_non_differentiable(*output[3:])
     # A term that nobody differentiates costs no launch for its zero.
@@ -309,11 +333,11 @@ def _differentiate(
     grad_compression: Tensor | None,
     grad_distillation: Tensor | None,
     *_: None,
-) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None]:
+) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None, None]:
     grad_teacher, grad_student = torch.ops.renyi_kd.infosam_terms_backward(
         *ctx.saved_tensors, grad_loss, grad_compression, grad_distillation, ctx.lambda_r, ctx.lambda_d
     )
-    return None, None, grad_teacher, grad_student, None, None, None
+    return None, None, grad_teacher, grad_student, None, None, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -336,6 +360,7 @@ def infosam_terms(
     *,
     lambda_r: float = 1.0,
     lambda_d: float = 0.5,
+    distillation: Distillation = "mutual_information",
     detach_teacher: bool = False,
 ) -> RelationTerms:
     """Return what the reference does at alpha = 2."""
@@ -346,6 +371,7 @@ def infosam_terms(
         student_scores.flatten(1),
         lambda_r,
         lambda_d,
+        distillation,
         detach_teacher,
     )
     return RelationTerms(*terms)
