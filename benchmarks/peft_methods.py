@@ -1,7 +1,8 @@
 """The PEFT methods that the InfoSAM loss is combined with, applied to the image encoder of a SAM.
 
-Each is written from its paper, on the blocks of transformers' SamModel (``vision_encoder.layers``) and of Meta's Sam
-and what is built like it (``image_encoder.blocks``). What differs from the paper is said in the docstring.
+Each is written from its paper, on the blocks of transformers' SamModel (``vision_encoder.layers``), of Meta's Sam and
+what is built like it (``image_encoder.blocks``), and of the TinyViT in MobileSAM (``image_encoder.layers[i].blocks``).
+What differs from the paper is said in the docstring.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from benchmarks.peft_branches import After, Beside, Bottleneck, ConvLoRA
 
 Method = Literal[
     "decoder",
@@ -41,7 +42,7 @@ def apply(
     """Make the weights of a method trainable, and no others; the model is changed in place, so copy the teacher before.
 
     "decoder": the mask decoder alone.
-    "bitfit": every bias (Ben Zaken et al., BitFit, 2021, arXiv 2106.10199).
+    "bitfit": every bias (Ben Zaken et al., BitFit, 2021, arXiv 2106.10199), but not those of relative positions.
     "adaptformer": :class:`Bottleneck` of width 64 beside every MLP, ReLU, scale 0.5 (Chen et al., AdaptFormer, 2022,
     arXiv 2205.13535; 0.1 there).
     "lora": through peft, on qkv, alpha = rank (Hu et al., 2021, arXiv 2106.09685).
@@ -85,6 +86,7 @@ def apply(
         return _with_lora(model, rank, tune_decoder)
     elif method == "bitfit":
         for name, parameter in model.named_parameters():
+            # Not a TinyViT's attention_biases: what eval() looked up in them stays as it is when they are changed.
             parameter.requires_grad_(name.endswith("bias"))
     elif method != "decoder":
         blocks = _blocks(model)
@@ -104,92 +106,8 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Bottleneck(nn.Module):
-    """``scale * up(activation(down(x)))`` on what ``before`` puts out, or the like; zero until it is trained."""
-
-    def __init__(self, before: nn.Linear, width: int, activation: nn.Module, scale: float = 1.0) -> None:
-        super().__init__()
-        place: dict[str, Any] = {"device": before.weight.device, "dtype": before.weight.dtype}
-        channels = before.out_features
-        self.down = nn.Linear(channels, width, **place)
-        self.activation = activation
-        self.up = nn.Linear(width, channels, **place)
-        self.scale = scale
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the branch's output, of the shape of ``x``."""
-        return self.scale * self.up(self.activation(self.down(x)))
-
-
-class After(nn.Module):
-    """A module, then a branch with a skip: ``y + branch(y)`` with ``y = module(x)``."""
-
-    def __init__(self, module: nn.Module, branch: nn.Module) -> None:
-        super().__init__()
-        self.module, self.branch = module, branch
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the module's output and the branch's on it."""
-        output = self.module(hidden_states)
-        return output + self.branch(output)
-
-
-class Beside(nn.Module):
-    """A module and a branch on the same input: ``module(x) + branch(x)``."""
-
-    def __init__(self, module: nn.Module, branch: nn.Module) -> None:
-        super().__init__()
-        self.module, self.branch = module, branch
-
-    # The argument has the name by which transformers passes it.
-    def forward(self, hidden_states: Tensor, **keywords: Any) -> Any:
-        """Return what the module returns, with the branch's output added to the first tensor."""
-        output = self.module(hidden_states, **keywords)
-        extra = self.branch(hidden_states)
-        # Attention in transformers returns its weights as well.
-        return (output[0] + extra, *output[1:]) if isinstance(output, tuple) else output + extra
-
-
-class ConvLoRA(nn.Module):
-    """LoRA with convolutions between its two matrices: ``up(p_i E_i(down(x)))``, i the likeliest of the experts.
-
-    Expert i enlarges the map i times, convolves it with a 3 x 3 kernel, and shrinks it again. The gate sees the mean
-    over the map. Its probability p_i weighs the expert, so that the gate is trained by the loss alone: the paper's
-    noise and its loss for equal use of the experts are left out.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int, n_experts: int) -> None:
-        super().__init__()
-        place: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.down = nn.Linear(linear.in_features, rank, bias=False, **place)
-        self.gate = nn.Linear(rank, n_experts, bias=False, **place)
-        self.experts = nn.ModuleList(nn.Conv2d(rank, rank, 3, padding=1, **place) for _ in range(n_experts))
-        self.up = nn.Linear(rank, linear.out_features, bias=False, **place)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the update ``[b, h, w, c]`` for maps ``[b, h, w, c]``."""
-        low = self.down(x).permute(0, 3, 1, 2)
-        probability, chosen = self.gate(low.mean((2, 3))).softmax(-1).max(-1)
-        mixed = torch.zeros_like(low)
-        for index, expert in enumerate(self.experts):
-            rows = (chosen == index).nonzero().flatten()
-            if len(rows):
-                mixed = mixed.index_copy(0, rows, _at_scale(expert, low[rows], index + 1).to(mixed.dtype))
-        return self.up((probability.to(mixed.dtype)[:, None, None, None] * mixed).permute(0, 2, 3, 1))
-
-
-def _at_scale(convolution: nn.Module, x: Tensor, scale: int) -> Tensor:
-    if scale == 1:
-        return convolution(x)
-    enlarged = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-    return F.interpolate(convolution(enlarged), x.shape[-2:], mode="bilinear", align_corners=False)
-
-
 def _add_to_block(block: nn.Module, method: str, rank: int, ratio: float, n_experts: int) -> None:
-    last = block.mlp.lin2
+    last = _last_linear(block)
     width = max(1, round(last.out_features * ratio))
     if method == "adaptformer":
         block.mlp = Beside(block.mlp, Bottleneck(last, 64, nn.ReLU(), scale=0.5))
@@ -211,17 +129,26 @@ def _add_to_block(block: nn.Module, method: str, rank: int, ratio: float, n_expe
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     encoder = getattr(model, "vision_encoder", None) or getattr(model, "image_encoder", None)
-    blocks = list(getattr(encoder, "layers", None) or getattr(encoder, "blocks", None) or [])
+    blocks: list[nn.Module] = []
+    for layer in getattr(encoder, "layers", None) or getattr(encoder, "blocks", None) or []:
+        # A TinyViT has its blocks in stages, of which the first has convolutions and no attention.
+        blocks += [b for b in layer.blocks if hasattr(b, "attn")] if hasattr(layer, "blocks") else [layer]
     if not blocks or not all(
         isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear)
-        and isinstance(getattr(getattr(block, "mlp", None), "lin2", None), nn.Linear)
+        and isinstance(_last_linear(block), nn.Linear)
         for block in blocks
     ):
         raise ValueError(
-            "apply: model must have ViT blocks with attn.qkv and mlp.lin2 in vision_encoder.layers or "
-            f"image_encoder.blocks, got {type(model).__name__}; methods for any SAM are 'decoder' and 'bitfit'"
+            "apply: model must have ViT blocks with attn.qkv and mlp.lin2 or mlp.fc2 in vision_encoder.layers, "
+            f"image_encoder.blocks or image_encoder.layers[i].blocks, got {type(model).__name__}; methods for any SAM "
+            "are 'decoder' and 'bitfit'"
         )
     return blocks
+
+
+def _last_linear(block: nn.Module) -> Any:
+    mlp = getattr(block, "mlp", None)
+    return getattr(mlp, "lin2", None) or getattr(mlp, "fc2", None)
 
 
 def _with_lora(model: nn.Module, rank: int, tune_decoder: bool) -> nn.Module:
@@ -234,7 +161,9 @@ def _with_lora(model: nn.Module, rank: int, tune_decoder: bool) -> nn.Module:
         target_modules=r".*(vision|image)_encoder\..*\.qkv",
         modules_to_save=["mask_decoder"] if tune_decoder else None,
     )
-    return get_peft_model(model, config)
+    with_lora = get_peft_model(model, config)
+    # The modules of peft start in training mode, which a loop would give back to the BatchNorms after an evaluation.
+    return with_lora if model.training else with_lora.eval()
 
 
 def _with_hq_token(model: nn.Module) -> nn.Module:

@@ -1,9 +1,14 @@
-"""The PEFT methods of the benchmarks: what they train, where they start, and that the loss trains them."""
+"""The PEFT methods of the benchmarks: what they train, where they start, and that the loss trains them.
+
+MobileSAM's own package is not in the test extra: without it a stand-in has its place, and its tests are skipped.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.peft_methods import METHODS, apply, trained_state_dict
 from renyi_kd import InfoSAMLoss, tap
+from tests.support.families import CASES as SAM_FAMILIES
+from tests.support.families import list_of_dicts, mobile_sam
 from tests.support.loops import run_hf, task_loss
 from tests.support.models import (
     DIM,
@@ -21,6 +28,8 @@ from tests.support.models import (
     meta_sam,
     needs_transformers_with,
 )
+from tests.support.stand_ins import tiny_sam, tiny_vit_sam
+from tests.test_families import run_with
 
 # Outside of the mask decoder.
 TRAINED = {
@@ -28,22 +37,66 @@ TRAINED = {
     "bitfit": r".*bias$",
     "adaptformer": r".*\.\d\.mlp\.branch\.(down|up)\.",
     "lora": r".*\.\d\.attn\.qkv\.lora_[AB]\.",
-    "adapter": r".*\.1\.((attn\.proj|mlp)\.branch\.(down|up)|(layer_)?norm[12])\.",
+    "adapter": r".*\.\d\.((attn\.proj|mlp)\.branch\.(down|up)|(layer_)?norm[12]|attn\.norm|mlp\.module\.norm)\.",
     "hq_sam": r"(?!)",
     "su_sam_series": r".*\.\d\.(attn\.proj|mlp)\.branch\.(down|up)\.",
     "su_sam_parallel": r".*\.\d\.(attn|mlp)\.branch\.(down|up)\.",
     "su_sam_mixed": r".*\.\d\.(attn\.proj|mlp)\.branch\.(down|up)\.",
     "conv_lora": r".*\.\d\.attn\.qkv\.branch\.(down|gate|experts\.\d|up)\.",
 }
-FAMILIES = {"hf": (hf_sam, hf_batch, run_hf), "meta": (meta_sam, meta_batch, meta_forward)}
-CASES = [(method, family) for method in METHODS for family in FAMILIES if (method, family) != ("hq_sam", "meta")]
+
+
+class Family(NamedTuple):
+    """A kind of SAM.
+
+    Attributes:
+        make: returns a model from a seed.
+        batch: returns a batch from numbers of images and of prompts for each.
+        run: returns the masks of a model for a batch.
+        blocks: the names of the encoder's blocks with attention, inside it.
+        dim: the decoder's channels.
+
+    """
+
+    make: Callable[[int], nn.Module]
+    batch: Callable[[int, int], Any]
+    run: Callable[[nn.Module, Any], list[Tensor]]
+    blocks: tuple[str, ...]
+    dim: int = DIM
+
+
+def mobile_sam_of_its_package(seed: int) -> nn.Module:
+    run_with(next(case for case in SAM_FAMILIES if case.make is mobile_sam))
+    # The table that its attention makes of its biases in eval() must be of the weights it ends with.
+    return mobile_sam(seed).eval()
+
+
+FAMILIES = {
+    "hf": Family(hf_sam, hf_batch, run_hf, ("layers.0", "layers.1")),
+    "meta": Family(meta_sam, meta_batch, meta_forward, ("blocks.0", "blocks.1")),
+    "tiny_vit": Family(
+        tiny_vit_sam, meta_batch, meta_forward, ("layers.1.blocks.0", "layers.2.blocks.0", "layers.2.blocks.1")
+    ),
+    "mobile_sam": Family(
+        mobile_sam_of_its_package,
+        # One image, whatever is asked for: its size is written into the encoder, and takes a second to run.
+        lambda _n_images, n_prompts: list_of_dicts(1024, 1, n_prompts),
+        meta_forward,
+        ("layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"),
+        dim=256,
+    ),
+}
+CASES = [(method, family) for method in METHODS for family in FAMILIES if method != "hq_sam" or family == "hf"]
 each = pytest.mark.parametrize(("method", "family"), CASES, ids=[" ".join(case) for case in CASES])
+with_tiny_vit = pytest.mark.parametrize(
+    ("method", "family"), [case for case in CASES if case[1] in ("tiny_vit", "mobile_sam")]
+)
 
 
 def applied(method: str, family: str) -> nn.Module:
     if method == "hq_sam":
         needs_transformers_with("SamHQModel")
-    return apply(FAMILIES[family][0](1), method, first_block=1, rank=2, n_experts=3)
+    return apply(FAMILIES[family].make(1), method, first_block=1, rank=2, n_experts=3)
 
 
 def of_decoder(name: str) -> bool:
@@ -59,8 +112,13 @@ def test_exactly_the_methods_parameters_and_the_decoder_are_trained(method, fami
     model = applied(method, family)
     outside = {name for name in trained(model) if not of_decoder(name)}
     wanted = {name for name, _ in model.named_parameters() if not of_decoder(name) and re.match(TRAINED[method], name)}
+    blocks = FAMILIES[family].blocks
+    if method == "adapter":
+        wanted = {name for name in wanted if blocks[0] not in name}
+        blocks = blocks[1:]
     assert outside == wanted
-    assert bool(wanted) == (method not in ("decoder", "hq_sam"))
+    reached = [block for block in blocks if any(f"_encoder.{block}." in name for name in wanted)]
+    assert reached == ([] if method in ("decoder", "hq_sam") else list(blocks))
     decoder = {name for name, _ in model.named_parameters() if of_decoder(name) and "original_module" not in name}
     if method == "bitfit":
         decoder = {name for name in decoder if name.endswith("bias")}
@@ -69,10 +127,10 @@ def test_exactly_the_methods_parameters_and_the_decoder_are_trained(method, fami
 
 @each
 def test_an_untrained_method_changes_nothing(method, family):
-    make, make_batch, run = FAMILIES[family]
+    make, make_batch, run, _, _ = FAMILIES[family]
     batch = make_batch(2, 2)
-    with torch.no_grad():
-        before, after = run(make(1).eval(), batch), run(applied(method, family).eval(), batch)
+    # torch multiplies some matrices in another order where a weight requires grad.
+    before, after = (run(model.eval().requires_grad_(False), batch) for model in (make(1), applied(method, family)))
     same = [torch.equal(x, y) for x, y in zip(before, after, strict=True)]
     # The masks of HQ-SAM's token are added, with weights that are not trained yet.
     assert same == [method != "hq_sam"] * len(same)
@@ -80,9 +138,9 @@ def test_an_untrained_method_changes_nothing(method, family):
 
 @each
 def test_the_loss_trains_every_part_of_a_method(method, family):
-    make, make_batch, run = FAMILIES[family]
+    make, make_batch, run, _, dim = FAMILIES[family]
     batch = make_batch(2, 2)
-    model, infosam_loss = applied(method, family), InfoSAMLoss(DIM)
+    model, infosam_loss = applied(method, family), InfoSAMLoss(dim)
     teacher, student = tap(make(0), call=run), tap(model, call=run)
     parameters = trained(model)
     optimizer = torch.optim.SGD([*parameters.values(), *infosam_loss.parameters()], lr=0.05)
@@ -104,8 +162,8 @@ def test_the_loss_trains_every_part_of_a_method(method, family):
         assert any("experts" in name for name in reached)
         unreached = {name for name in unreached if "experts" not in name}
     if method == "bitfit":
-        # Points and masks are not prompted with.
-        unreached = {name for name in unreached if "prompt_encoder" not in name}
+        # Points and masks are not prompted with, and MobileSAM's encoder keeps a classifier that it does not use.
+        unreached = {name for name in unreached if not re.search(r"prompt_encoder|image_encoder\.(norm_)?head\.", name)}
     assert unreached == set()
     assert any(re.search(r"mask_decoder.*transformer", name) for name in reached)
     if method == "hq_sam":
@@ -114,7 +172,7 @@ def test_the_loss_trains_every_part_of_a_method(method, family):
 
 @each
 def test_what_is_trained_is_saved_and_loaded_apart(method, family):
-    _, make_batch, run = FAMILIES[family]
+    _, make_batch, run, _, _ = FAMILIES[family]
     batch = make_batch(2, 1)
     model = applied(method, family).eval()
     with torch.no_grad():
@@ -127,6 +185,32 @@ def test_what_is_trained_is_saved_and_loaded_apart(method, family):
         result = again.load_state_dict(saved, strict=False)
         assert result.unexpected_keys == []
         assert all(torch.equal(x, y) for x, y in zip(run(again, batch), expected, strict=True))
+
+
+@with_tiny_vit
+def test_a_tiny_vit_stays_in_eval_mode_with_the_biases_that_its_attention_looked_up(method, family):
+    model = applied(method, family)
+    resting = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) or hasattr(module, "ab")]
+    assert len(resting) > len(FAMILIES[family].blocks)
+    assert not any(module.training for module in resting)
+    for attention in [module for module in resting if hasattr(module, "ab")]:
+        assert not attention.attention_biases.requires_grad
+        assert torch.equal(attention.ab, attention.attention_biases[:, attention.attention_bias_idxs])
+
+
+@each
+def test_the_mode_of_a_model_is_kept(method, family):
+    assert applied(method, family).training == FAMILIES[family].make(1).training
+
+
+def test_a_branch_beside_attention_or_mlp_takes_what_they_take_after_their_norm():
+    block = applied("su_sam_parallel", "tiny_vit").image_encoder.layers[2].blocks[1]
+    for beside, first in ((block.attn, block.attn.module.qkv), (block.mlp, block.mlp.module.fc1)):
+        taken: list[Tensor] = []
+        for module in (first, beside.branch.down):
+            module.register_forward_pre_hook(lambda _module, args, taken=taken: taken.append(args[0]))
+        beside(torch.randn(2, 16, 12))
+        assert torch.equal(*taken)
 
 
 def test_the_decoder_can_be_left_out_or_added():
@@ -162,12 +246,24 @@ def test_conv_lora_sends_each_map_to_its_likeliest_expert():
     torch.testing.assert_close(branch(x), torch.stack([by_hand(index) for index in range(6)]))
 
 
+def test_conv_lora_takes_the_tokens_of_a_window_as_a_square_map():
+    branch = applied("conv_lora", "tiny_vit").image_encoder.layers[1].blocks[0].attn.qkv.branch
+    nn.init.normal_(branch.up.weight)
+    maps = torch.randn(5, 3, 3, 8)
+    assert torch.equal(branch(maps.flatten(1, 2)), branch(maps).flatten(1, 2))
+    with pytest.raises(ValueError, match=r"ConvLoRA: tokens .* must fill square maps, got 12 to a map; give maps"):
+        branch(torch.randn(5, 12, 8))
+
+
 @pytest.mark.parametrize(
     ("pattern", "arguments"),
     [
         ("method must be one of decoder, bitfit.*got 'prefix'", (hf_sam, "prefix", {})),
         ("first_block must be below the number of blocks, got 2 of 2", (hf_sam, "adapter", {})),
         ("must be transformers' SamModel for 'hq_sam', got Sam;", (meta_sam, "hq_sam", {})),
+        ("must be transformers' SamModel for 'hq_sam', got Sam;", (tiny_vit_sam, "hq_sam", {})),
+        ("first_block must be below the number of blocks, got 3 of 3", (tiny_vit_sam, "adapter", {"first_block": 3})),
+        ("must have ViT blocks with attn.qkv.*got Sam", (tiny_sam, "lora", {})),
         ("tune_decoder must not be False with 'decoder'", (hf_sam, "decoder", {"tune_decoder": False})),
         ("must have ViT blocks with attn.qkv.*got Linear", (lambda: nn.Linear(1, 1), "adaptformer", {})),
     ],

@@ -1,13 +1,15 @@
-"""Small models of our own in the shape of SAMs that the index does not have: same parts, calls and layouts."""
+"""Small models of our own in the shape of SAMs that the test extra does not bring: same parts, calls and layouts."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tests.support.models import DIM, GRID, IMAGE_SIZE
+from tests.support.models import DIM, GRID, IMAGE_SIZE, meta_sam
 
 
 def spread(model: nn.Module, scale: float = 0.2) -> nn.Module:
@@ -233,6 +235,113 @@ def auto_gluon(seed: int = 0) -> nn.Module:
 def one_hypernetwork(at_once: bool, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return _sam(Samed, OneHypernetworkDecoder(at_once))
+
+
+class TinyViTAttention(nn.Module):
+    """Attention among the tokens ``[n, l, c]`` of windows: the norm inside, the biases looked up once in eval mode."""
+
+    def __init__(self, channels: int, n_heads: int, window: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.attention_biases = nn.Parameter(torch.zeros(n_heads, window**2))
+        row, column = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+        distance = window * (row[:, None] - row).abs() + (column[:, None] - column).abs()
+        self.register_buffer("attention_bias_idxs", distance, persistent=False)
+        self.register_buffer("ab", None, persistent=False)
+
+    def train(self, mode: bool = True) -> TinyViTAttention:
+        self.ab = None if mode else self.attention_biases.detach()[:, self.attention_bias_idxs]
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        biases = self.attention_biases[:, self.attention_bias_idxs] if self.training else self.ab
+        weights = (q @ k.mT * q.shape[-1] ** -0.5 + biases).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class TinyViTMlp(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc1, self.fc2 = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class TinyViTBlock(nn.Module):
+    """Attention in windows of a square map of tokens ``[b, l, c]``, a convolution for each channel, an MLP."""
+
+    def __init__(self, channels: int, n_heads: int, side: int, window: int) -> None:
+        super().__init__()
+        self.side, self.window = side, window
+        self.attn = TinyViTAttention(channels, n_heads, window)
+        self.mlp = TinyViTMlp(channels)
+        self.local_conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin, n = -self.side % self.window, -(-self.side // self.window)
+        padded = F.pad(x.unflatten(1, (self.side, self.side)), (0, 0, 0, margin, 0, margin))
+        windows = padded.unflatten(2, (n, self.window)).unflatten(1, (n, self.window)).transpose(2, 3)
+        attended = self.attn(windows.reshape(-1, self.window**2, x.shape[2]))
+        back = attended.view(windows.shape).transpose(2, 3).reshape(padded.shape)[:, : self.side, : self.side]
+        pixels = (x + back.flatten(1, 2)).mT.unflatten(2, (self.side, self.side))
+        x = self.local_conv(pixels).flatten(2).mT
+        return x + self.mlp(x)
+
+
+class TinyViTStage(nn.Module):
+    """Blocks, and a convolution that may halve the map; tokens come out."""
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if x.ndim == 3:
+            x = x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
+        return self.downsample(x).flatten(2).mT
+
+
+class TinyViT(nn.Module):
+    """The encoder of MobileSAM and TinySAM: a stage of convolutions, then stages with attention in windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        side = 2 * GRID
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, 4, IMAGE_SIZE // side, IMAGE_SIZE // side), nn.BatchNorm2d(4))
+        convolution = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.GELU())
+        self.layers = nn.ModuleList(
+            [
+                TinyViTStage([convolution], nn.Conv2d(4, 8, 1)),
+                # The map does not fill its windows; in the next stage it is one window.
+                TinyViTStage([TinyViTBlock(8, 2, side, window=3)], nn.Conv2d(8, 12, 3, 2, 1)),
+                TinyViTStage([TinyViTBlock(12, 3, GRID, window=GRID) for _ in range(2)], nn.Identity()),
+            ]
+        )
+        self.neck = nn.Sequential(nn.Conv2d(12, DIM, 1), nn.GroupNorm(1, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.neck(x.mT.unflatten(2, (GRID, GRID)))
+
+
+def tiny_vit_sam(seed: int = 0) -> nn.Module:
+    """Return Meta's Sam around a :class:`TinyViT`, in eval mode, in which it is fine-tuned: the BatchNorms rest."""
+    sam = meta_sam(seed)
+    sam.image_encoder = spread(TinyViT())
+    return sam.eval()
 
 
 class MonaiLike(nn.Module):
