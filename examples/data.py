@@ -106,6 +106,15 @@ class InstanceDataset(Dataset[Item]):
 
 def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     """Return the image and mask paths that ``<split>.csv`` lists, all of which exist."""
+    pairs = listed_paths(folder, split)
+    for pair in pairs:
+        for file_path in pair:
+            must_exist(file_path, split)
+    return pairs
+
+
+def listed_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """Return the image and mask paths that ``<split>.csv`` lists; whether there are such files is not looked at."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: --data must be a folder with images/, masks/, train.csv and test.csv")
     path = folder / f"{split}.csv"
@@ -119,12 +128,13 @@ def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
         raise ValueError(f"{path}: must have the columns image and label, got {', '.join(map(str, rows[0]))}")
     if any(not row["image"] or not row["label"] for row in rows):
         raise ValueError(f"{path}: must name an image and a label in every row, got one without; complete or remove it")
-    pairs = [(folder / row["image"], folder / row["label"]) for row in rows]
-    for pair in pairs:
-        for file_path in pair:
-            if not file_path.is_file():
-                raise FileNotFoundError(f"{file_path}: listed in {path.name} but missing; add it or remove its row")
-    return pairs
+    return [(folder / row["image"], folder / row["label"]) for row in rows]
+
+
+def must_exist(path: Path, split: str) -> None:
+    """Raise an error that names the file, unless it exists."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: listed in {split}.csv but missing; add it or remove its row")
 
 
 def read_pair(image_path: Path, mask_path: Path, size: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:

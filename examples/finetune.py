@@ -11,10 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from examples.data import InstanceDataset, Item
+from examples.files import whole_file
 from examples.models import Sam, load_sam, trainable_copy
 from examples.picture import save_comparison
 from renyi_kd import InfoSAMLoss, tap
@@ -135,17 +133,6 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of ``path`` once it is written, and is removed if that fails."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write the parameters that were trained as safetensors; load them with load_state_dict(..., strict=False)."""
     trained = {
@@ -169,7 +156,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's options; a bad one ends the program with a sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="mini", help="mini, mobile_sam, or a transformers SamModel by name or folder")
+    add("--model", default="mini", help="mini, mobile_sam, or a SAM of transformers by name or folder")
     add("--weights", type=Path, help="safetensors file of mobile_sam")
     add("--data", type=Path, default=NUCLEI, help="folder with images/, masks/, train.csv, test.csv")
     add("--peft", choices=("lora", "adapter", "bitfit", "decoder"), default="lora")

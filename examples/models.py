@@ -22,7 +22,8 @@ MINI_SAM = Path(__file__).parent / "assets" / "mini_sam"
 class Sam(NamedTuple):
     """A pretrained SAM: the module, how to run it on a batch, its square input in pixels, its decoder's channels.
 
-    ``segment(model, batch)`` takes the batches of ``data.InstanceDataset`` and returns mask logits ``[b, p, S, S]``.
+    ``segment(model, batch)`` takes the batches of ``data.InstanceDataset`` and returns mask logits ``[b, p, S, S]``. Of
+    a SAM 1, ``image_embeddings [b, d, h, w]`` in the batch take the place of the encoder's run.
     """
 
     model: nn.Module
@@ -32,7 +33,7 @@ class Sam(NamedTuple):
 
 
 def load_sam(name: str, weights: Path | None, image_size: int | None) -> Sam:
-    """Return the pretrained SAM of a name: "mini", "mobile_sam", or a transformers SamModel by name or folder.
+    """Return the pretrained SAM of a name: "mini", "mobile_sam", or one of transformers by name or folder.
 
     Raises:
         FileNotFoundError: the weights file is missing.
@@ -95,15 +96,21 @@ def _load_hf_sam(name: str, image_size: int | None) -> Sam:
     transformers.utils.logging.disable_progress_bar()
     if name == "mini" and not (MINI_SAM / "model.safetensors").is_file():
         raise FileNotFoundError(f"{MINI_SAM}/model.safetensors: missing; write it with pretrain_mini_sam.py")
-    model = transformers.SamModel.from_pretrained(MINI_SAM if name == "mini" else name).float()
-    vision = model.config.vision_config
-    if image_size not in (None, vision.image_size):
-        if image_size % vision.patch_size:
-            raise ValueError(f"--image-size must be a multiple of {vision.patch_size} px, got {image_size}")
+    # SamModel, SamHQModel, Sam2Model, ...: all of them take these batches.
+    model = transformers.AutoModelForMaskGeneration.from_pretrained(MINI_SAM if name == "mini" else name).float()
+    prompts = model.config.prompt_encoder_config
+    if image_size not in (None, prompts.image_size):
+        if model.config.model_type != "sam":
+            raise ValueError(f"--image-size must be {prompts.image_size} with {name}, got {image_size}; leave it out")
+        if image_size % prompts.patch_size:
+            raise ValueError(f"--image-size must be a multiple of {prompts.patch_size} px, got {image_size}")
         model = _resized(model, image_size)
     # Always in eval mode: a SAM has no dropout in use, and BatchNorm keeps the statistics of all its images.
     return Sam(
-        model.eval(), _segment_hf, model.config.vision_config.image_size, model.config.mask_decoder_config.hidden_size
+        model.eval(),
+        _segment_hf,
+        model.config.prompt_encoder_config.image_size,
+        model.config.mask_decoder_config.hidden_size,
     )
 
 
@@ -128,7 +135,8 @@ def _resized(model: nn.Module, image_size: int) -> nn.Module:
 
 
 def _segment_hf(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    names = ("pixel_values", "input_boxes", "input_points", "input_labels")
+    image = "image_embeddings" if "image_embeddings" in batch else "pixel_values"
+    names = (image, "input_boxes", "input_points", "input_labels")
     inputs = {name: batch[name] for name in names if name in batch}
     low_resolution = model(**inputs, multimask_output=False).pred_masks[:, :, 0]
     return _at_input_size(low_resolution, batch)
@@ -155,7 +163,7 @@ def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
 
 def _segment_meta(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     # Meta's own forward runs without gradient and its decoder takes one image at a time.
-    features = model.image_encoder(batch["pixel_values"])
+    features = batch["image_embeddings"] if "image_embeddings" in batch else model.image_encoder(batch["pixel_values"])
     masks = []
     for index, feature in enumerate(features):
         boxes = batch["input_boxes"][index] if "input_boxes" in batch else None

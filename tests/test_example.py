@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples import data, finetune, models, pretrain_mini_sam
+from examples import data, files, finetune, models, pretrain_mini_sam
 from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     path.write_text("old")
 
     def fail() -> None:
-        with finetune.whole_file(path) as temporary:
+        with files.whole_file(path) as temporary:
             temporary.write_text("half")
             raise ZeroDivisionError
 

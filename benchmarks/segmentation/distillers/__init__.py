@@ -1,0 +1,69 @@
+"""The distillation losses that InfoSAM is compared with, behind one call.
+
+>>> distiller = make("mobilesam", dim=256)
+>>> distiller.needs_layers
+False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.segmentation.distillers.attention import IBD, SemCKD
+from benchmarks.segmentation.distillers.base import Distiller, NoDistillation
+from benchmarks.segmentation.distillers.features import PKD, PKT, VID
+from benchmarks.segmentation.distillers.outputs import Logit
+from benchmarks.segmentation.distillers.relations import InfoSAM, WithRelation
+from benchmarks.segmentation.distillers.review import ReviewKD
+from benchmarks.segmentation.distillers.sam import MobileSAM, TinySAM
+from renyi_kd import InfoSAMLoss
+
+__all__ = ["DISTILLERS", "Distiller", "InfoSAM", "make", "needs_layers"]
+
+# Of the width of the decoder and the channels of the encoder's stages.
+_MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
+    "none": lambda dim, layers: NoDistillation(),
+    "logit": lambda dim, layers: Logit(),
+    "pkd": lambda dim, layers: PKD(),
+    "pkt": lambda dim, layers: PKT(),
+    "ibd": lambda dim, layers: IBD(layers),
+    "vid": lambda dim, layers: VID(dim),
+    "semckd": lambda dim, layers: SemCKD(layers),
+    "reviewkd": lambda dim, layers: ReviewKD(layers),
+    "tinysam": lambda dim, layers: TinySAM(),
+    "mobilesam": lambda dim, layers: MobileSAM(),
+    "infosam": lambda dim, layers: InfoSAM(InfoSAMLoss(dim)),
+    "infosam_no_lr": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_r=0.0)),
+    "infosam_no_ld": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_d=0.0)),
+    "infosam_tenth": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_r=0.1, lambda_d=0.05)),
+    "infosam_alpha_1": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=1.0)),
+    "infosam_alpha_3": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=3.0)),
+    "infosam_detached": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, detach_teacher_relation=True)),
+    "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, distillation="cauchy_schwarz")),
+    "mobilesam_relation": lambda dim, layers: WithRelation(MobileSAM(), dim),
+    "tinysam_relation": lambda dim, layers: WithRelation(TinySAM(), dim),
+}
+DISTILLERS: tuple[str, ...] = tuple(_MAKERS)
+
+
+def make(name: str, *, dim: int, layer_channels: Sequence[int] = ()) -> Distiller:
+    """Return a distiller by its name in ``DISTILLERS``.
+
+    Args:
+        name: which.
+        dim: channels of image features and mask tokens.
+        layer_channels: channels of the encoder's stages in the observations, from early to late; of use to a distiller
+            with ``needs_layers`` alone.
+
+    Raises:
+        ValueError: the name is unknown, or the distiller needs stages and there are none.
+
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"make: name must be one of {', '.join(DISTILLERS)}, got {name!r}; choose one of them")
+    return _MAKERS[name](dim, layer_channels)
+
+
+def needs_layers(name: str) -> bool:
+    """Return whether a distiller's observations must hold the encoder's stages."""
+    return make(name, dim=1, layer_channels=(1,)).needs_layers

@@ -1,0 +1,85 @@
+"""Finished runs on disk: one JSON file each, there whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.segmentation.settings import Settings
+from examples.files import whole_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A finished run.
+
+    Attributes:
+        settings: of the run.
+        images: ids of the test images.
+        metrics: of every metric one value per image, in the order of ``images``.
+        history: one dict per epoch: means of the losses and of what the distiller says of its state.
+        steps: of the optimiser.
+        training_seconds: of all steps.
+        evaluation_seconds: of all test images.
+        skipped: images that could not be used, with the reason.
+        environment: machine, versions and commit.
+
+    """
+
+    settings: Settings
+    images: Sequence[str]
+    metrics: dict[str, Sequence[float]]
+    history: Sequence[dict[str, float]]
+    steps: int
+    training_seconds: float
+    evaluation_seconds: float
+    skipped: Sequence[str]
+    environment: dict[str, Any]
+
+    def mean(self, metric: str) -> float:
+        """Return a metric's mean over the images."""
+        values = self.metrics[metric]
+        return sum(values) / len(values)
+
+
+def write(folder: Path, row: Row) -> Path:
+    """Write a run's file and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / row.settings.file_name
+    text = json.dumps(_rounded(dataclasses.asdict(row)), indent=None, separators=(",", ":"))
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n")
+    return path
+
+
+def read(folder: Path) -> list[Row]:
+    """Return all finished runs of a folder and those below it, in the order of their names; none if there is no folder.
+
+    Raises:
+        ValueError: a file is not that of a run.
+
+    """
+    rows = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            values = json.loads(path.read_text())
+            row = Row(**{**values, "settings": Settings(**values["settings"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"rows: {path} must be a finished run of this version, got {type(error).__name__}: {error}; move it "
+                "out of the folder, and run it again"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _rounded(value: Any) -> Any:
+    """Return the value with five digits to a number, which is far finer than any difference of interest."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
