@@ -8,6 +8,7 @@ What differs from the paper is said in the docstring.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -161,7 +162,10 @@ def _with_lora(model: nn.Module, rank: int, tune_decoder: bool) -> nn.Module:
         target_modules=r".*(vision|image)_encoder\..*\.qkv",
         modules_to_save=["mask_decoder"] if tune_decoder else None,
     )
-    with_lora = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # Of peft, about a name in transformers that it still uses.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with_lora = get_peft_model(model, config)
     # The modules of peft start in training mode, which a loop would give back to the BatchNorms after an evaluation.
     return with_lora if model.training else with_lora.eval()
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables of the README from their CSV files, the newest row of each setting.
+"""Writes the measured tables of the README from the committed results, the newest row of each setting.
 
 python -m benchmarks.readme
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+
+from benchmarks.segmentation.rows import read
+from benchmarks.segmentation.table import tables
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
@@ -84,6 +87,14 @@ def families_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"Run with torch {' and '.join(dict.fromkeys(row['torch'] for row in rows))}."])
 
 
+def segmentation_tables() -> str:
+    """Return means and differences of all committed runs of the comparison as Markdown."""
+    parts = []
+    for title, table in tables(read(ROOT / "benchmarks/results/segmentation")):
+        parts += [title, table.means(), "Differences in IoU, percent points:", table.differences("iou")]
+    return "\n\n".join(parts)
+
+
 TABLES = {
     "loss_cpu": loss_table,
     "kernels_cpu": kernels_table,
@@ -96,10 +107,13 @@ def with_tables(readme: str) -> str:
     """Return the README with its tables made anew."""
     for name, table in TABLES.items():
         with (ROOT / f"benchmarks/results/{name}.csv").open(newline="") as file:
-            text = table(list(csv.DictReader(file)))
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(pattern, lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", readme, flags=re.DOTALL)
-    return readme
+            readme = _with_table(readme, name, table(list(csv.DictReader(file))))
+    return _with_table(readme, "segmentation", segmentation_tables())
+
+
+def _with_table(readme: str, name: str, text: str) -> str:
+    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from benchmarks.segmentation.metrics import METRICS
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.statistics import paired_difference
 from examples.models import load_sam
+from tests.support.families import hf_sam2, hf_sam_hq
 
 ROOT = Path(__file__).parent.parent
 NUCLEI = ROOT / "examples/assets/nuclei"
@@ -271,6 +272,17 @@ def test_stages_are_maps_of_each_quarter(sam):
     expected.remove()
     last = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
     torch.testing.assert_close(seen.layers[-1], last.detach().permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("make", [hf_sam_hq, hf_sam2])
+def test_other_sams_of_transformers_are_found_by_their_folder(tmp_path, make):
+    make().save_pretrained(tmp_path / "model")
+    other = load_sam(str(tmp_path / "model"), None, None)
+    pairs = [MaskDataset(NUCLEI, split, size=other.image_size, limit=2) for split in ("train", "test")]
+    run = ready(other, pairs, tmp_path / "cache", peft="decoder", distiller="infosam", image_size=other.image_size)
+    # Their decoders want more of the encoder than its last map.
+    assert not run.frozen
+    assert run().steps == 1
 
 
 def test_as_map_knows_the_three_layouts():

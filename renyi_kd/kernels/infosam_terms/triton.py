@@ -152,7 +152,7 @@ def _infosam_terms_fwd_kernel(
         mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
         tl.store(mix_ptr + places, mix, mask=inside)
         if CAUCHY_SCHWARZ:
-            grad = 2.0 / _LN_2 * (teacher / q_teacher - student / product)
+            grad = 2.0 / _LN_2 / product * (teacher * (product / q_teacher) - student)
         else:
             grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
         if DETACH:
@@ -160,7 +160,7 @@ def _infosam_terms_fwd_kernel(
         mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
         tl.store(mix_ptr + size + places, mix, mask=inside)
         if CAUCHY_SCHWARZ:
-            grad = 2.0 / _LN_2 * (student / q_student - teacher / product)
+            grad = 2.0 / _LN_2 / product * (student * (product / q_student) - teacher)
         else:
             grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
         mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
