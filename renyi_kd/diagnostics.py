@@ -15,7 +15,7 @@ class RelationDiagnostics(NamedTuple):
     Attributes:
         teacher_entropy: S(R_T) in bits, from 0 (every sample has the same relation: no signal) to log2 s.
         student_entropy: S(R_S) in bits.
-        mutual_information: I(R_T; R_S) in bits; L_d is its negative.
+        mutual_information: I(R_T; R_S) in bits; the paper's L_d is its negative.
         teacher_similarity: mean squared cosine of two different samples' relations, from 0 (orthogonal) to 1 (alike).
         student_similarity: likewise for the student. Far from the teacher's, the student is driven away from it.
 
