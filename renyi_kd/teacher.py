@@ -39,7 +39,7 @@ class Teacher(Protocol):
 class AdapterDisabled:
     """The student with its adapters and saved modules switched off: a teacher that needs no second copy of the weights.
 
-    Loss and gradients are those of a separate copy of the pre-trained model, bit for bit, as long as everything that
+    Loss and gradients are those of a frozen copy of the pre-trained model, bit for bit, as long as everything that
     is trained can be switched off: adapters and ``modules_to_save`` of peft (0.20 or later). Which parameters require
     grad is as before after every run.
 

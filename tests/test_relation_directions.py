@@ -17,10 +17,10 @@ EPS = 1e-5
 NAMES = ("mask_tokens", *RelationWeights._fields)
 
 
-def inputs(s: int, n: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def inputs(s: int, n: int, d: int, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, ...]:
     """Return tokens and weights that require gradients; biases and LayerNorms are not at their initial values."""
     shapes = [(s, n, d), (d,), (d,), (d, d), (d,), (d, d), (d,), (d,), (d,)]
-    values = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    values = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes, draw * len(shapes))]
     return tuple((value / math.sqrt(d) if value.shape == (d, d) else value).to(dtype) for value in values)
 
 

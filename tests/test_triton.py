@@ -129,24 +129,31 @@ def test_scores_where_both_means_are_large():
 ROWS, TILE = relation_directions_triton.BLOCK_R, relation_directions_triton.BLOCK_W
 
 
-def check_directions(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
-    """Compare values and gradients with the reference's in fp64, at the budget of the textbook's."""
-    values = on_device(*directions_inputs(*shape, dtype))
+def check_directions(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, n_draws: int = 1) -> None:
+    """Compare values and gradients with the reference's in fp64, at the budget of the textbook's over all draws."""
 
     def kernels(mask_tokens: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return relation_directions(mask_tokens, RelationWeights(*weights), impl="triton")
 
-    exact = of_directions(textbook_directions, tuple(value.double() for value in values))
-    eager = of_directions(textbook_directions, tuple(value.float() for value in values))
-    for name, value in of_directions(kernels, values).items():
+    found, eager, exact = [], [], []
+    for draw in range(n_draws):
+        values = on_device(*directions_inputs(*shape, dtype, draw))
+        found.append(of_directions(kernels, values))
+        eager.append(of_directions(textbook_directions, tuple(value.float() for value in values)))
+        exact.append(of_directions(textbook_directions, tuple(value.double() for value in values)))
+    for name in found[0]:
+        value, of_textbook, truth = (
+            torch.stack([one[name].detach() for one in each]) for each in (found, eager, exact)
+        )
         assert value.dtype == (dtype if name.startswith("gradient") else torch.float32), name
         # The interpreter sums a row one after the other, the textbook in a tree.
-        assert_within_budget(value, eager[name], exact[name].detach(), name=name, slack=4.0)
+        assert_within_budget(value, of_textbook, truth, name=name, slack=4.0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS])
 def test_directions_of_any_number_of_tokens(n_tokens):
-    check_directions((n_tokens, 1, 40))
+    # The offset of one token is one number, which the textbook may get right by chance: then there is no budget.
+    check_directions((n_tokens, 1, 40), n_draws=8 if n_tokens == 1 else 1)
 
 
 @pytest.mark.parametrize("n_channels", [3, TILE - 1, TILE, TILE + 1, 2 * TILE + 5, 256])
