@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
-from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.dispatch import Impl, resolve
-from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
+from renyi_kd.kernels.infosam_loss import infosam_loss
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
@@ -306,24 +305,15 @@ def _relation_terms(
     images = _common_images(teacher, student)
     if check_finite:
         _check_finite(teacher, student)
-    teacher_map, teacher_tokens = teacher.image_features.detach(), teacher.mask_tokens.detach()
-    dtype = torch.float32
-    for value in (teacher_map, student.image_features, teacher_tokens, student.mask_tokens):
-        dtype = torch.promote_types(dtype, value.dtype)
-    tokens = torch.cat([teacher_tokens.to(dtype), student.mask_tokens.to(dtype)])
-    # Teacher and student have as many samples; chunks have one gradient, slices one each.
-    directions, offsets = (value.chunk(2) for value in relation.collapse(tokens, impl=impl))
-    teacher_scores = relation.scores_along(teacher_map, directions[0], offsets[0], images, impl=impl)
-    student_scores = relation.scores_along(student.image_features, directions[1], offsets[1], images, impl=impl)
-    image_gram = batch_gram(teacher_map, impl=impl)
-    if images is not None:
-        index = torch.tensor(images, device=image_gram.device)
-        image_gram = image_gram[index[:, None], index]
-    terms = terms_of_relations(
-        image_gram,
-        batch_gram(teacher_tokens, impl=impl),
-        teacher_scores,
-        student_scores,
+    terms = infosam_loss(
+        teacher.image_features,
+        student.image_features,
+        teacher.mask_tokens,
+        student.mask_tokens,
+        relation.weights_for(student.mask_tokens),
+        images,
+        token_eps=relation.layer_norm_mask.eps,
+        feature_eps=relation.layer_norm_feat.eps,
         lambda_r=lambda_r,
         lambda_d=lambda_d,
         alpha=alpha,
@@ -331,7 +321,7 @@ def _relation_terms(
         detach_teacher=detach_teacher_relation,
         impl=impl,
     )
-    return InfoSAMTerms(*(term.to(dtype) for term in terms[:3])), (terms.teacher_gram, terms.student_gram)
+    return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
 
 
 def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:

@@ -80,28 +80,14 @@ class RelationModule(nn.Module):
 
         """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
-        directions, offsets = self.collapse(mask_tokens, dtype, impl=impl)
-        return self.scores_along(image_features, directions, offsets, images, impl=impl)
-
-    def scores_along(
-        self,
-        image_features: Tensor,
-        directions: Tensor,
-        offsets: Tensor,
-        images: Sequence[int] | None = None,
-        *,
-        impl: Impl = "auto",
-    ) -> Tensor:
-        """Return the scores ``[s, n, h * w]`` of tokens that :meth:`collapse` has made w and c of."""
+        tokens = mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype))
+        weights = self.weights_for(mask_tokens)
+        directions, offsets = relation_directions(tokens, weights, eps=self.layer_norm_mask.eps, impl=impl)
         eps = self.layer_norm_feat.eps
         return relation_scores(image_features, directions, images, offsets=offsets, eps=eps, impl=impl)
 
-    def collapse(
-        self, mask_tokens: Tensor, dtype: torch.dtype = torch.float32, *, impl: Impl = "auto"
-    ) -> tuple[Tensor, Tensor]:
-        """Return w ``[s, n, d]`` and c ``[s, n]`` of mask tokens ``[s, n, d]``.
-
-        Computed and returned in ``dtype``, or in fp64 if tokens or parameters are.
+    def weights_for(self, mask_tokens: Tensor) -> RelationWeights:
+        """Return the weights by name, for mask tokens that fit them.
 
         Raises:
             ValueError: the tokens do not have ``dim`` channels, or are on another device than the module.
@@ -118,16 +104,13 @@ class RelationModule(nn.Module):
                 f"RelationModule: features must be on the module's device {key_weight.device}, got "
                 f"{mask_tokens.device}; move the loss with infosam_loss.to('{mask_tokens.device}')"
             )
-        norm, features_norm = self.layer_norm_mask, self.layer_norm_feat
-        weights = RelationWeights(
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
+        return RelationWeights(
+            norm_weight=self.layer_norm_mask.weight,
+            norm_bias=self.layer_norm_mask.bias,
             query_weight=self.query_proj.weight,
             query_bias=self.query_proj.bias,
             key_weight=key_weight,
             key_bias=self.key_proj.bias,
-            feature_weight=features_norm.weight,
-            feature_bias=features_norm.bias,
+            feature_weight=self.layer_norm_feat.weight,
+            feature_bias=self.layer_norm_feat.bias,
         )
-        tokens = mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype))
-        return relation_directions(tokens, weights, eps=norm.eps, impl=impl)

@@ -27,6 +27,7 @@ KERNELS = {
     "_relation_scores_bwd_kernel",
     "_relation_scores_fwd_kernel",
     "_relation_weights_bwd_kernel",
+    "_teacher_pass_kernel",
 }
 
 

@@ -20,7 +20,16 @@ from renyi_kd.kernels.infosam_terms.terms import RelationTerms
 from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
 from renyi_kd.kernels.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
-from tests.support.kernels import LAYOUTS, check_gram, check_scores, inputs, value_and_gradients
+from tests.support.kernels import (
+    LAYOUTS,
+    check_gram,
+    check_scores,
+    inputs,
+    textbook_gram,
+    textbook_scores,
+    value_and_gradients,
+)
+from tests.support.launches import launches
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 from tests.test_golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
 from tests.test_relation_directions import inputs as directions_inputs
@@ -29,6 +38,8 @@ from tests.test_relation_directions import value_and_gradients as of_directions
 
 batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
 from renyi_kd.kernels.gram_moment import triton as gram_moment_triton  # noqa: E402
+from renyi_kd.kernels.infosam_loss import teacher_pass  # noqa: E402
+from renyi_kd.kernels.infosam_loss import triton as infosam_loss_triton  # noqa: E402
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms_triton  # noqa: E402
 from renyi_kd.kernels.relation_directions import triton as relation_directions_triton  # noqa: E402
 from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
@@ -220,6 +231,94 @@ def test_gram_of_large_half_precision_rows():
 def test_gradient_of_rows_that_overlap():
     rows = on_device(randn(13))[0].as_strided((5, 9), (1, 1))
     check_gram(rows, impl="triton")
+
+
+# The teacher's map in one read.
+
+
+def check_teacher_pass(x: Tensor, directions: Tensor, slack: float = 4.0) -> None:
+    """Compare scores and Gram with the textbook's; the interpreter sums one after the other, the textbook in a tree."""
+    (offsets,) = on_device(randn(len(x), seed=5))
+    scores, parts = teacher_pass.launch(x, directions[:, 0].contiguous(), offsets, 1e-5)
+    eager, exact = (
+        textbook_scores(x.to(dtype), directions.to(dtype)).squeeze(1) + offsets.to(dtype)[:, None]
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_budget(scores, eager, exact, name="scores", slack=slack)
+    gram, of_textbook = parts.sum(0, dtype=torch.float64).float(), textbook_gram(x)
+    assert_within_budget(gram, of_textbook, textbook_gram(x.double()), name="gram", slack=4.0)
+
+
+def teacher_inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return on_device(*(value.to(dtype) for value in inputs(shape, n_tokens=1)))
+
+
+@pytest.mark.parametrize("n_images", [2, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_teacher_pass_of_any_number_of_images(n_images, layout):
+    x, directions = teacher_inputs(n_images, 19, 3, 7)
+    check_teacher_pass(LAYOUTS[layout](x), directions)
+
+
+@pytest.mark.parametrize("delta", [-1, 0, 1])
+@pytest.mark.parametrize("n_blocks", [1, 5])
+@pytest.mark.parametrize("n_programs", [2, 512])
+def test_teacher_pass_around_the_edges_of_tiles(delta, n_blocks, n_programs, monkeypatch):
+    monkeypatch.setattr(teacher_pass, "_PROGRAMS", n_programs)
+    check_teacher_pass(*teacher_inputs(3, 8, 1, n_blocks * teacher_pass.RUN + delta))
+
+
+@pytest.mark.parametrize("n_channels", [3, 4, 5, 16, 37, 256])
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
+def test_teacher_pass_of_ragged_channels(n_channels, layout):
+    x, directions = teacher_inputs(2, n_channels, 5, 7)
+    check_teacher_pass(LAYOUTS[layout](x), directions)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_teacher_pass_in_every_layout(layout):
+    x, directions = teacher_inputs(3, 11, 7, 5)
+    check_teacher_pass(LAYOUTS[layout](x), directions)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+def test_teacher_pass_in_every_dtype(dtype):
+    x, directions = teacher_inputs(3, 37, 6, 5)
+    check_teacher_pass(x.to(dtype), directions)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_teacher_pass_where_means_are_large(mean, drift):
+    """The means of pixels, those of the directions, and those of the channels seen first and last."""
+    x, directions = teacher_inputs(2, 256, 3, 5)
+    channels = torch.arange(256, device=x.device)
+    # The textbook loses the digits of the mean, these scores must not.
+    slack = 0.02 if mean and not drift else 4.0
+    check_teacher_pass(x + mean + drift * channels[:, None, None], directions + mean / 10 + drift * channels, slack)
+
+
+def test_teacher_pass_over_dead_pixels():
+    x, directions = teacher_inputs(2, 7, 4, 12)
+    x[0, :, 1:] = 300.1 + randn(3, 12, seed=7).to(x.device)
+    x[1, :, 3, 3] = 0
+    # The last bit of a few channels is still nothing but rounding.
+    x[0, ::3] = torch.where(x[0, ::3] > 200, x[0, ::3].nextafter(torch.tensor(1e3, device=x.device)), x[0, ::3])
+    offsets = torch.tensor([1.5, -2.5], device=x.device)
+    scores, _ = teacher_pass.launch(x, directions[:, 0], offsets, 1e-5)
+    dead = scores == offsets[:, None]
+    assert dead[0, 12:].all()
+    assert dead[1, 39]
+    assert dead.sum() == 37
+
+
+def test_teacher_pass_keeps_nan_where_it_is():
+    x, directions = teacher_inputs(3, 8, 3, 5)
+    x[1, 2, 1, 3] = math.nan
+    scores, parts = teacher_pass.launch(x, directions[:, 0], torch.zeros(3, device=x.device), 1e-5)
+    assert scores.isnan().nonzero().tolist() == [[1, 8]]
+    gram = parts.sum(0)
+    assert gram.isnan().nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 2], [2, 1]]
 
 
 # infosam_terms.
@@ -471,6 +570,47 @@ def test_the_loss_is_that_of_the_reference(dtype, image_index, detach, form):
         assert_close_on_scale(a, e, name=str(index), rtol=rtol, scale=largest if index > 4 else 0.0)
 
 
+@pytest.mark.parametrize("part", ["everything", "map", "tokens", "module"])
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_the_loss_gives_gradients_to_what_needs_them(part, n_tokens):
+    """Of one token the teacher's map takes one read, of several two."""
+    teacher, student, relation = setting()
+    tokens = [torch.cat([features.mask_tokens.detach()] * n_tokens, 1) for features in (teacher, student)]
+    tokens = [value + torch.arange(n_tokens, device=DEVICE)[:, None] * randn(1, 1, 12).to(DEVICE) for value in tokens]
+    leaves = {"map": student.image_features.detach(), "tokens": tokens[1]}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(part in (name, "everything", "module"))
+    relation.requires_grad_(part in ("everything", "module"))
+    wanted = [leaf for leaf in (*leaves.values(), *relation.parameters()) if leaf.requires_grad]
+    if part == "module":
+        wanted = list(relation.parameters())
+    found = {}
+    for impl in ("triton", "reference"):
+        terms = infosam_terms(
+            relation, teacher._replace(mask_tokens=tokens[0]), SAMFeatures(leaves["map"], leaves["tokens"]), impl=impl
+        )
+        found[impl] = torch.autograd.grad(-1.7 * terms.loss + 0.4 * terms.compression, wanted)
+    largest = max(value.abs().max().item() for value in found["reference"])
+    for a, e in zip(*found.values(), strict=True):
+        assert_close_on_scale(a, e, name=f"{tuple(a.shape)}", rtol=1e-5, scale=largest)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_a_step_takes_twelve_launches(dtype, form):
+    """Kernels of the package and every operation of PyTorch that is neither a view nor an allocation."""
+    teacher, student = (
+        SAMFeatures(*(1 + randn(4, *shape, seed=seed).to(DEVICE, dtype) for shape in ((256, 8, 8), (1, 256))))
+        for seed in (1, 3)
+    )
+    student, relation = in_training(student), relation_module(256).to(DEVICE)
+    upstream = torch.ones((), device=DEVICE)
+    with launches() as names:
+        loss = infosam_terms(relation, teacher, student, distillation=form, impl="triton").loss
+        torch.autograd.grad(loss, [*student[:2], *relation.parameters()], upstream)
+    assert len(names) == 12, names
+
+
 @pytest.mark.parametrize("layout", ["channel-last", "channel-first"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_is_that_of_the_official_implementation(name, layout):
@@ -546,6 +686,35 @@ def test_repeated_steps_are_bitwise_equal_and_nothing_is_left_unwritten(form):
         assert torch.equal(a, e)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_a_step_replays_from_a_cuda_graph(form):
+    """After a capture, other values in the same tensors give the loss and gradients of those values."""
+    teacher, student, relation = setting()
+    leaves = [*student[:2], *relation.parameters()]
+
+    def step() -> list[Tensor]:
+        loss = infosam_terms(relation, teacher, student, distillation=form, impl="triton").loss
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (11, 12):
+        with torch.no_grad():
+            for features in (teacher, student):
+                for value in features[:2]:
+                    value.copy_(randn(*value.shape, seed=seed).to(value))
+        graph.replay()
+        for a, e in zip(captured, step(), strict=True):
+            assert torch.equal(a, e)
+
+
 # Operators.
 
 
@@ -557,7 +726,28 @@ def operator_arguments() -> dict[str, tuple]:
     mix = torch.ones(3, 3, 3, dtype=torch.float64, device=DEVICE)
     leaves = [value.detach().requires_grad_() for value in (x, directions, offsets, rows, *maps)]
     x, directions, offsets, rows, *maps = leaves
+    tokens, *weights = (value.detach() for value in on_device(*directions_inputs(2, 1, 8, torch.float32)))
+    student = [value.clone().requires_grad_() for value in (x.detach(), tokens)]
+    weights = [value.requires_grad_() for value in weights]
+    features = x.detach(), student[0], tokens + 1, student[1]
+    saved = infosam_loss_triton._forward(*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)[5:]
+    saved = [value.detach() for value in saved]
+    one = torch.ones((), device=DEVICE)
     return {
+        "infosam_loss": (*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False),
+        "infosam_loss_backward": (
+            *(features[0], *student),
+            weights,
+            saved,
+            one,
+            None,
+            None,
+            1e-5,
+            1.0,
+            0.5,
+            True,
+            True,
+        ),
         "relation_scores": (x, directions, offsets, 1e-5),
         "relation_scores_backward": (x, directions, torch.ones(2, 2, 15, device=DEVICE), 1e-5, True, True),
         "batch_gram": (rows,),
@@ -598,6 +788,17 @@ def test_operators_of_the_backward_are_well_registered(name):
             lambda x, _: gram_moment([x.flatten(1)], [RBF], impl="triton"),
             r"use renyi_entropy\(gram_matrix\(features\)\)",
         ),
+        (
+            lambda x, _: (
+                infosam_terms(
+                    relation_module(6).to(DEVICE),
+                    SAMFeatures(x.detach() + 1, torch.ones(3, 1, 6, device=DEVICE)),
+                    SAMFeatures(x, torch.ones(3, 1, 6, device=DEVICE)),
+                    impl="triton",
+                ).loss
+            ),
+            "use a textbook implementation instead",
+        ),
         *[
             (
                 lambda x, _, form=form: (
@@ -610,7 +811,13 @@ def test_operators_of_the_backward_are_well_registered(name):
             for form in DISTILLATIONS
         ],
     ],
-    ids=["relation_scores", "batch_gram", "gram_moment", *(f"infosam_terms, {form}" for form in DISTILLATIONS)],
+    ids=[
+        "relation_scores",
+        "batch_gram",
+        "gram_moment",
+        "infosam_loss",
+        *(f"infosam_terms, {form}" for form in DISTILLATIONS),
+    ],
 )
 def test_second_derivative_is_refused(function, way_out):
     x, directions = on_device(*inputs((3, 6, 4, 5)))
@@ -681,8 +888,24 @@ def test_a_broken_triton_is_named(error, monkeypatch):
 def test_an_old_triton_is_named(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.2.0")
     (x,) = on_device(torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"got Triton 3\.2\.0 \(the kernels need 3\.7\); use impl='auto'"):
+    with pytest.raises(RuntimeError, match=r"got Triton 3\.2\.0 \(the kernels need 3\.6 here\); use impl='auto'"):
         dispatch.resolve("triton", x)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "obstacle"),
+    [
+        ((7, 5), "3.9.0", "a GPU of compute capability 7.5, below 8.0"),
+        ((8, 0), "3.6.0", ""),
+        ((9, 0), "3.6.0", ""),
+        ((10, 0), "3.6.0", "Triton 3.6.0 (the kernels need 3.7 here)"),
+        ((12, 0), "3.7.0", ""),
+    ],
+)
+def test_gpus_that_are_not_supported_are_named(capability, version, obstacle, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch._unsupported(0) == obstacle
 
 
 @pytest.mark.parametrize(

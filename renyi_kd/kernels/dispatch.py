@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -11,8 +12,8 @@ from torch import Tensor
 
 Impl = Literal["auto", "reference", "triton"]
 
-# The oldest on which every kernel was tested; 3.3 cannot compile them all.
-_OLDEST_TRITON = (3, 7)
+# The oldest on which every kernel was tested, and compiled for every GPU but Blackwell, for which 3.6 fails on one.
+_OLDEST_TRITON, _OLDEST_TRITON_FOR_BLACKWELL = (3, 6), (3, 7)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -80,9 +81,9 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str:
         if tensor.dtype not in _TRITON_DTYPES:
             return f"{tensor.dtype} (the kernels take float16, bfloat16 and float32)"
         if tensor.is_cuda:
-            old = _too_old(tensor.device.index)
-            if old:
-                return old
+            unsupported = _unsupported(tensor.device.index)
+            if unsupported:
+                return unsupported
         elif not _interprets():
             return f"tensors on {tensor.device}"
     return ""
@@ -90,19 +91,27 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str:
 
 def _broken_triton() -> str:
     try:
-        import triton.language
+        importlib.import_module("triton.language")
     # Whatever a Triton that does not fit the machine raises, auto has the reference to go on with.
     except Exception as error:
         return f"a Triton that cannot be imported ({type(error).__name__}: {error})"
+    return _old_triton(_OLDEST_TRITON)
+
+
+def _old_triton(oldest: tuple[int, int]) -> str:
+    import triton
+
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return "" if version >= _OLDEST_TRITON else f"Triton {triton.__version__} (the kernels need 3.7)"
+    return "" if version >= oldest else f"Triton {triton.__version__} (the kernels need {oldest[0]}.{oldest[1]} here)"
 
 
-def _too_old(device: int) -> str:
+def _unsupported(device: int) -> str:
     if torch.version.hip is not None:
         return ""
     capability = torch.cuda.get_device_capability(device)
-    return "" if capability >= (8, 0) else f"a GPU of compute capability {capability[0]}.{capability[1]}, below 8.0"
+    if capability < (8, 0):
+        return f"a GPU of compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return _old_triton(_OLDEST_TRITON_FOR_BLACKWELL) if capability >= (10, 0) else ""
 
 
 def _interprets() -> bool:

@@ -28,13 +28,15 @@ from triton.compiler import ASTSource
 from renyi_kd.kernels.batch_gram import triton as batch_gram
 from renyi_kd.kernels.gram_moment import triton as gram_moment
 from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
+from renyi_kd.kernels.infosam_loss import teacher_pass
+from renyi_kd.kernels.infosam_loss import triton as infosam_loss
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.kernels.relation_directions import triton as relation_directions
 from renyi_kd.kernels.relation_directions.weights import RelationWeights
 from renyi_kd.kernels.relation_scores import triton as relation_scores
 
-MODULES = (batch_gram, gram_moment, infosam_terms, relation_directions, relation_scores)
+MODULES = (batch_gram, gram_moment, infosam_terms, relation_directions, relation_scores, teacher_pass)
 
 
 class Target(NamedTuple):
@@ -128,6 +130,8 @@ def record() -> dict[str, tuple]:
                 rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
                 batch_gram.batch_gram(rows).sum().backward()
             call_moments(dtype)
+            for samples, layout in product((4, 32, 64), (torch.contiguous_format, torch.channels_last)):
+                call_loss(samples, dtype, layout)
         for samples in (2, 4, 16, 64, 256):
             call_terms(samples)
     finally:
@@ -144,10 +148,22 @@ def call_scores(x: Tensor) -> None:
 
 
 def call_directions(channels: int, dtype: torch.dtype) -> None:
-    shapes = [(channels, channels) if name in ("query_weight", "key_weight") else (channels,) for name in WEIGHTS]
-    tokens, *weights = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in [(2, 1, channels), *shapes])
-    directions, offsets = relation_directions.relation_directions(tokens, RelationWeights(*weights))
+    tokens = torch.empty(2, 1, channels, dtype=dtype, requires_grad=True)
+    directions, offsets = relation_directions.relation_directions(tokens, weights_of(channels, dtype))
     (directions.sum() + offsets.sum()).backward()
+
+
+def weights_of(channels: int, dtype: torch.dtype = torch.float32) -> RelationWeights:
+    shapes = [(channels, channels) if name in ("query_weight", "key_weight") else (channels,) for name in WEIGHTS]
+    return RelationWeights(*(torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def call_loss(samples: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    teacher_map = torch.empty(samples, 256, 64, 64, dtype=dtype).contiguous(memory_format=layout)
+    teacher_tokens = torch.empty(samples, 1, 256, dtype=dtype)
+    student_map, student_tokens = (value.detach().requires_grad_() for value in (teacher_map, teacher_tokens))
+    terms = infosam_loss.infosam_loss(teacher_map, student_map, teacher_tokens, student_tokens, weights_of(256))
+    terms.loss.backward()
 
 
 def call_terms(samples: int) -> None:

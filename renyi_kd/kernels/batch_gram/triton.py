@@ -88,8 +88,8 @@ def config(n_rows: int) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op("renyi_kd::batch_gram", mutates_args=())
-def _forward(rows: Tensor) -> Tensor:
+def launch_forward(rows: Tensor) -> Tensor:
+    """Return partial Grams ``[parts, s, s]`` in fp32, by one launch."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n_rows, n_columns = rows.shape
     settings = config(n_rows)
@@ -101,7 +101,12 @@ def _forward(rows: Tensor) -> Tensor:
         _batch_gram_fwd_kernel[(n_blocks * n_blocks, n_splits)](
             rows, partial, n_rows, n_columns, n_steps, rows.stride(0), **settings
         )
-    return partial.sum(0, dtype=torch.float64)
+    return partial
+
+
+@torch.library.custom_op("renyi_kd::batch_gram", mutates_args=())
+def _forward(rows: Tensor) -> Tensor:
+    return launch_forward(rows).sum(0, dtype=torch.float64)
 
 
 @_forward.register_fake
@@ -150,10 +155,13 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 _backward.register_autograd(_refuse)
 
 
+def flat(rows: Tensor) -> Tensor:
+    """Return the rows ``[s, -1]`` as they lie: an inner product does not depend on the order of what it sums."""
+    order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
+    return rows.permute(0, *order).flatten(1)
+
+
 def batch_gram(rows: Tensor) -> Tensor:
     """Return what the reference does."""
-    # An inner product does not depend on the order in which both rows are flattened: as they lie, nothing is copied.
-    order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
-    flat = rows.permute(0, *order).flatten(1)
-    gram: Tensor = torch.ops.renyi_kd.batch_gram(flat)
+    gram: Tensor = torch.ops.renyi_kd.batch_gram(flat(rows))
     return gram

@@ -1,4 +1,4 @@
-r"""Both terms of the loss and the gradient of the relation maps, in fp64, with three launches forward and one backward.
+r"""Both terms of the loss and the gradient of the relation maps, in fp64, with two launches forward and one backward.
 
 With t, s, a, b the Grams of teacher's and student's relations, image features and mask tokens at unit diagonal, and
 q_t = sum t^2, q_s = sum s^2, q_j = sum (a b t)^2, q_b = sum (t s)^2 over all n^2 entries, at alpha = 2:
@@ -16,9 +16,9 @@ and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, 
 
     dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
 
-The forward makes partial Grams of stretches of both maps, sums them, and in one program makes terms and the matrices
-2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has r_i = 0. Extra memory: at most 8 MiB of partial
-Grams, and eight s x s matrices.
+The forward makes partial Grams of stretches of both maps; one program sums them (where they are many, a launch of its
+own does) and makes terms and the matrices 2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has
+r_i = 0. Extra memory: at most 8 MiB of partial Grams, and nine s x s matrices.
 
 Maps in fp16, bf16 or fp32; contiguous; few samples; alpha = 2. First derivatives only.
 """
@@ -38,36 +38,68 @@ from renyi_kd.kernels.infosam_terms.terms import LEAST_PRODUCT, Distillation, Re
 _TILE_ELEMENTS = 2048
 # 8 MiB of partial Grams.
 _PARTIAL_ELEMENTS = 2**20
+# Of one set of partial Grams, that one program sums in about the time of a launch; not measured on a GPU yet.
+_PART_ELEMENTS = 2**14
 NUM_WARPS = 4
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_PRODUCT = tl.constexpr(LEAST_PRODUCT)
 
 
 @triton.jit
-def _relation_grams_kernel(
-    teacher_ptr, student_ptr, partial_ptr, n_samples, n_scores, n_steps,
-    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+def _store_products(
+    rows_ptr, gram_ptr, n_samples, n_columns, first_column, n_steps, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Write the products of all samples over n_steps stretches of the teacher's or the student's maps."""
-    scores_ptr = teacher_ptr
-    if tl.program_id(1) == 1:
-        scores_ptr = student_ptr
+    """Store the products of all rows over n_steps stretches of their columns."""
     samples = tl.arange(0, BLOCK_S).to(tl.int64)
     in_s = samples < n_samples
-    matrix = (tl.program_id(0) * 2 + tl.program_id(1)).to(tl.int64) * n_samples * n_samples
     for i in range(n_samples):
         products = tl.zeros((BLOCK_S,), tl.float64)
         for step in range(n_steps):
-            places = (tl.program_id(0).to(tl.int64) * n_steps + step) * BLOCK_L + tl.arange(0, BLOCK_L)
-            in_l = places < n_scores
+            places = first_column + step * BLOCK_L + tl.arange(0, BLOCK_L)
+            in_l = places < n_columns
             x = tl.load(
-                scores_ptr + samples[:, None] * n_scores + places[None, :],
+                rows_ptr + samples[:, None] * n_columns + places[None, :],
                 mask=in_s[:, None] & in_l[None, :], other=0.0,
             )  # fmt: skip
-            row = tl.load(scores_ptr + tl.cast(i, tl.int64) * n_scores + places, mask=in_l, other=0.0)
+            row = tl.load(rows_ptr + tl.cast(i, tl.int64) * n_columns + places, mask=in_l, other=0.0)
             # By way of fp32, which every dtype reaches.
             products += tl.sum(x.to(tl.float32).to(tl.float64) * row.to(tl.float32).to(tl.float64)[None, :], 1)
-        tl.store(partial_ptr + matrix + i * n_samples + samples, products, mask=in_s)
+        tl.store(gram_ptr + i * n_samples + samples, products, mask=in_s)
+
+
+@triton.jit
+def _relation_grams_kernel(
+    teacher_ptr, student_ptr, tokens_ptr, partial_ptr, n_samples, n_scores, n_token_columns, n_steps,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write partial Grams of a stretch of the teacher's maps, the student's or, where they are given, the tokens."""
+    first_column = tl.program_id(0).to(tl.int64) * n_steps * BLOCK_L
+    matrix = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    gram_ptr = partial_ptr + matrix * n_samples * n_samples
+    if tl.program_id(1) == 0:
+        _store_products(teacher_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
+    elif tl.program_id(1) == 1:
+        _store_products(student_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
+    elif tokens_ptr is not None:
+        _store_products(tokens_ptr, gram_ptr, n_samples, n_token_columns, first_column, n_steps, BLOCK_S, BLOCK_L)
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, gram_ptr, n_parts, n_entries, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of partial Grams."""
+    for first in range(0, n_entries, BLOCK_E):
+        entries = first + tl.arange(0, BLOCK_E)
+        total = tl.zeros((BLOCK_E,), tl.float64)
+        for start in range(0, n_parts, BLOCK_K):
+            parts = start + tl.arange(0, BLOCK_K)
+            values = tl.load(
+                parts_ptr + parts.to(tl.int64)[:, None] * n_entries + entries[None, :],
+                mask=(parts < n_parts)[:, None] & (entries < n_entries)[None, :], other=0.0,
+            )  # fmt: skip
+            total += tl.sum(values.to(tl.float64), 0)
+        tl.store(gram_ptr + entries, total, mask=entries < n_entries)
 
 
 @triton.jit
@@ -94,12 +126,22 @@ def _through_unit_diagonal(grad, unit, row_scale, column_scale, diagonal):
 
 @triton.jit
 def _infosam_terms_fwd_kernel(
-    image_ptr, token_ptr, teacher_ptr, student_ptr,
+    image_parts_ptr, token_parts_ptr, teacher_parts_ptr, student_parts_ptr, grams_ptr,
     loss_ptr, compression_ptr, distillation_ptr, teacher_unit_ptr, student_unit_ptr, mix_ptr,
-    n_samples, lambda_r, lambda_d,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DETACH: tl.constexpr, CAUCHY_SCHWARZ: tl.constexpr,
+    n_samples, n_image_parts, n_token_parts, n_relation_parts, lambda_r, lambda_d,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    DETACH: tl.constexpr, CAUCHY_SCHWARZ: tl.constexpr,
 ):  # fmt: skip
     """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows."""
+    size = n_samples * n_samples
+    image_ptr, token_ptr = grams_ptr, grams_ptr + size
+    teacher_ptr, student_ptr = grams_ptr + 2 * size, grams_ptr + 3 * size
+    _sum_parts(image_parts_ptr, image_ptr, n_image_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(token_parts_ptr, token_ptr, n_token_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(teacher_parts_ptr, teacher_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(student_parts_ptr, student_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
+    # Those who read an entry are not the threads that wrote it.
+    tl.debug_barrier()
     columns = tl.arange(0, BLOCK_S)
     in_columns = columns < n_samples
     of_teacher = tl.zeros((BLOCK_R,), tl.float64)
@@ -137,7 +179,6 @@ def _infosam_terms_fwd_kernel(
     tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
     tl.store(compression_ptr, compression.to(tl.float32).to(loss_ptr.dtype.element_ty))
     tl.store(distillation_ptr, distillation.to(tl.float32).to(loss_ptr.dtype.element_ty))
-    size = n_samples * n_samples
     for block in range(tl.cdiv(n_samples, BLOCK_R)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (rows < n_samples)[:, None] & in_columns[None, :]
@@ -219,9 +260,62 @@ def map_blocks(n_samples: int) -> dict[str, int]:
 
 
 def gram_blocks(n_samples: int) -> dict[str, int]:
-    """Return the sizes of a block of rows of the Grams."""
+    """Return the sizes of a block of rows of the Grams, and of one of their parts and entries."""
     block_s = triton.next_power_of_2(n_samples)
-    return {"BLOCK_R": max(1, min(block_s, _TILE_ELEMENTS // (4 * block_s))), "BLOCK_S": block_s}
+    block_e = min(_TILE_ELEMENTS, block_s**2)
+    return {
+        "BLOCK_R": max(1, min(block_s, _TILE_ELEMENTS // (4 * block_s))), "BLOCK_S": block_s,
+        "BLOCK_K": _TILE_ELEMENTS // block_e, "BLOCK_E": block_e,
+    }  # fmt: skip
+
+
+def launch_forward(
+    image_parts: Tensor,
+    token_parts: Tensor | None,
+    teacher_tokens: Tensor | None,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    distillation: str,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by, by two launches or some more.
+
+    Grams are given in parts ``[parts, s, s]``, fp32 or fp64; in place of the tokens' the tokens ``[s, k]``.
+    """
+    n_samples, n_scores = teacher_scores.shape
+    n_token_columns = 0 if teacher_tokens is None else teacher_tokens.shape[1]
+    blocks = map_blocks(n_samples)
+    n_matrices = 2 if teacher_tokens is None else 3
+    n_stretches = triton.cdiv(max(n_scores, n_token_columns), blocks["BLOCK_L"])
+    n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (n_matrices * n_samples**2)))
+    n_programs = triton.cdiv(n_stretches, n_steps)
+    parts = teacher_scores.new_empty(n_matrices, n_programs, n_samples, n_samples, dtype=torch.float64)
+    with torch.cuda.device_of(teacher_scores):
+        _relation_grams_kernel[(n_programs, n_matrices)](
+            teacher_scores, student_scores, teacher_tokens, parts,
+            n_samples, n_scores, n_token_columns, n_steps, **blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        relation_parts = _few(parts, 1)
+        if token_parts is None:
+            token_parts = relation_parts[2]
+        image_parts = _few(image_parts, 0)
+        grams = parts.new_empty(4, n_samples, n_samples)
+        outputs = empty_outputs(parts, teacher_scores)
+        _infosam_terms_fwd_kernel[(1,)](
+            image_parts, token_parts, relation_parts[0], relation_parts[1], grams, *outputs,
+            n_samples, len(image_parts), len(token_parts), relation_parts.shape[1], lambda_r, lambda_d,
+            **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return outputs
+
+
+def _few(parts: Tensor, dim: int) -> Tensor:
+    """Return the parts, or their sum as the only one where one program would sum them for too long."""
+    few = parts.shape[dim] == 1 or parts.numel() <= _PART_ELEMENTS
+    return parts if few else parts.sum(dim, keepdim=True, dtype=torch.float64)
 
 
 @torch.library.custom_op("renyi_kd::infosam_terms", mutates_args=())
@@ -235,36 +329,26 @@ def _forward(
     distillation: str,
     detach_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by."""
-    image_gram, token_gram = image_gram.contiguous(), token_gram.contiguous()
-    teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
-    n_samples, n_scores = teacher_scores.shape
-    blocks = map_blocks(n_samples)
-    n_stretches = triton.cdiv(n_scores, blocks["BLOCK_L"])
-    n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (2 * n_samples**2)))
-    n_programs = triton.cdiv(n_stretches, n_steps)
-    partial = image_gram.new_empty(n_programs, 2, n_samples, n_samples)
-    loss, l_r, l_d, teacher_unit, student_unit, mix = _empty_outputs(image_gram, teacher_scores)
-    with torch.cuda.device_of(teacher_scores):
-        _relation_grams_kernel[(n_programs, 2)](
-            teacher_scores, student_scores, partial, n_samples, n_scores, n_steps, **blocks, num_warps=NUM_WARPS
-        )
-        teacher_gram, student_gram = partial.sum(0).unbind()
-        _infosam_terms_fwd_kernel[(1,)](
-            image_gram, token_gram, teacher_gram, student_gram,
-            loss, l_r, l_d, teacher_unit, student_unit, mix, n_samples, lambda_r, lambda_d,
-            **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return loss, l_r, l_d, teacher_unit, student_unit, mix
+    return launch_forward(
+        image_gram.contiguous().unsqueeze(0),
+        token_gram.contiguous().unsqueeze(0),
+        None,
+        teacher_scores.contiguous(),
+        student_scores.contiguous(),
+        lambda_r,
+        lambda_d,
+        distillation,
+        detach_teacher,
+    )
 
 
-def _empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return room for what the forward returns."""
     loss, compression, distillation = (scores.new_empty(()) for _ in range(3))
-    n_samples = len(gram)
+    shape = gram.shape[-2:]
     return (
         loss, compression, distillation,
-        gram.new_empty(gram.shape), gram.new_empty(gram.shape), gram.new_empty(3, n_samples, n_samples),
+        gram.new_empty(shape), gram.new_empty(shape), gram.new_empty(3, *shape),
     )  # fmt: skip
 
 
@@ -279,11 +363,10 @@ def _(
     distillation: str,
     detach_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(image_gram, teacher_scores)
+    return empty_outputs(image_gram, teacher_scores)
 
 
-@torch.library.custom_op("renyi_kd::infosam_terms_backward", mutates_args=())
-def _backward(
+def launch_backward(
     teacher_scores: Tensor,
     student_scores: Tensor,
     mix: Tensor,
@@ -293,6 +376,7 @@ def _backward(
     lambda_r: float,
     lambda_d: float,
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both maps, by one launch."""
     teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
     n_samples, n_scores = teacher_scores.shape
     grad_teacher, grad_student = torch.empty_like(teacher_scores), torch.empty_like(student_scores)
@@ -303,6 +387,9 @@ def _backward(
             grad_teacher, grad_student, n_samples, n_scores, lambda_r, lambda_d, **blocks, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_teacher, grad_student
+
+
+_backward = torch.library.custom_op("renyi_kd::infosam_terms_backward", launch_backward, mutates_args=())
 
 
 @_backward.register_fake

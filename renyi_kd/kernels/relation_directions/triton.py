@@ -76,14 +76,16 @@ def _relation_directions_fwd_kernel(
 def _relation_directions_bwd_kernel(
     norm_weight_ptr, query_weight_ptr, key_weight_ptr, key_bias_ptr, feature_weight_ptr, feature_bias_ptr,
     grad_directions_ptr, grad_offsets_ptr, unit_ptr, rstd_ptr, grad_u_ptr, grad_query_ptr, grad_m_ptr, grad_tokens_ptr,
-    n_channels, scale, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
+    n_channels, direction_stride_r, offset_stride_r, scale, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one token, and its shares in those of the weights."""
-    row = tl.program_id(0).to(tl.int64) * n_channels
+    token = tl.program_id(0).to(tl.int64)
+    row = token * n_channels
     channels = tl.arange(0, BLOCK_C)
     inside = channels < n_channels
-    grad_offset = tl.load(grad_offsets_ptr + tl.program_id(0))
-    grad_u = _load(grad_directions_ptr, row + channels, inside) * _load(feature_weight_ptr, channels, inside)
+    grad_offset = tl.load(grad_offsets_ptr + token * offset_stride_r)
+    grad_u = _load(grad_directions_ptr, token * direction_stride_r + channels, inside)
+    grad_u *= _load(feature_weight_ptr, channels, inside)
     grad_u += grad_offset * _load(feature_bias_ptr, channels, inside)
     grad_m = grad_u
     for first in range(0, n_channels, BLOCK_J):
@@ -116,7 +118,7 @@ def _relation_weights_bwd_kernel(
     grad_u_ptr, grad_query_ptr, grad_m_ptr,
     grad_norm_weight_ptr, grad_norm_bias_ptr, grad_query_weight_ptr, grad_query_bias_ptr, grad_key_weight_ptr,
     grad_key_bias_ptr, grad_feature_weight_ptr, grad_feature_bias_ptr,
-    n_tokens, n_channels, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    n_tokens, n_channels, direction_stride_r, offset_stride_r, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of both matrices' gradients; the first programs along each side those of the vectors."""
     i = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -134,9 +136,10 @@ def _relation_weights_bwd_kernel(
     for first in range(0, n_tokens, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         in_r = r < n_tokens
-        rows = r.to(tl.int64)[:, None] * n_channels
+        tokens = r.to(tl.int64)
+        rows = tokens[:, None] * n_channels
         in_ri, in_rj = in_r[:, None] & in_i[None, :], in_r[:, None] & in_j[None, :]
-        grad_offsets = _load(grad_offsets_ptr, r, in_r)[:, None]
+        grad_offsets = _load(grad_offsets_ptr, tokens * offset_stride_r, in_r)[:, None]
         unit = _load(unit_ptr, rows + i[None, :], in_ri)
         grad_query = _load(grad_query_ptr, rows + j[None, :], in_rj)
         query = _load(query_ptr, rows + j[None, :], in_rj)
@@ -149,7 +152,8 @@ def _relation_weights_bwd_kernel(
         u = _load(u_ptr, rows + i[None, :], in_ri)
         of_norm_weight += tl.sum(grad_m * unit, 0)
         of_norm_bias += tl.sum(grad_m, 0)
-        of_feature_weight += tl.sum(_load(grad_directions_ptr, rows + i[None, :], in_ri) * u, 0)
+        grad_directions = _load(grad_directions_ptr, tokens[:, None] * direction_stride_r + i[None, :], in_ri)
+        of_feature_weight += tl.sum(grad_directions * u, 0)
         of_feature_bias += tl.sum(grad_offsets * u, 0)
         of_query_bias += tl.sum(grad_query, 0)
         of_key_bias += tl.sum(grad_offsets * query, 0)
@@ -173,12 +177,11 @@ def block_sizes(n_channels: int) -> dict[str, int]:
     return {"BLOCK_C": block_c, "BLOCK_J": max(1, min(TILE // block_c, block_c))}
 
 
-@torch.library.custom_op("renyi_kd::relation_directions", mutates_args=())
-def _forward(
+def launch_forward(
     tokens: Tensor, weights: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return directions, offsets, and what the backward needs: q, u, the unit tokens and 1 / deviation."""
-    directions, offsets, query, u, unit, rstd = outputs = _empty_outputs(tokens)
+    """Return directions, offsets, and what the backward needs: q, u, the unit tokens and 1 / deviation; one launch."""
+    directions, offsets, query, u, unit, rstd = outputs = empty_outputs(tokens)
     n_tokens, n_channels = tokens.shape
     with torch.cuda.device_of(tokens):
         _relation_directions_fwd_kernel[(n_tokens,)](
@@ -188,16 +191,43 @@ def _forward(
     return outputs
 
 
-def _empty_outputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty_outputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return room for what the forward returns."""
     rows, numbers = tokens.shape, tokens.shape[:1]
     return tuple(  # type: ignore[return-value]
         tokens.new_empty(shape, dtype=torch.float32) for shape in (rows, numbers, rows, rows, rows, numbers)
     )
 
 
-@_forward.register_fake
-def _(tokens: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(tokens)
+def launch_backward(
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grad_directions: Tensor,
+    grad_offsets: Tensor,
+    grad_tokens: Tensor,
+) -> list[Tensor]:
+    """Write the gradient of the tokens and return those of the weights, by two launches; rows given may be strided."""
+    query, u, unit, rstd = saved
+    n_tokens, n_channels = unit.shape
+    named = RelationWeights(*weights)
+    grad_weights = [weight.new_empty(weight.shape) for weight in weights]
+    grad_u, grad_query, grad_m = (torch.empty_like(unit) for _ in range(3))
+    strides = grad_directions.stride(0), grad_offsets.stride(0)
+    n_tiles = triton.cdiv(n_channels, BLOCK_W)
+    with torch.cuda.device_of(unit):
+        _relation_directions_bwd_kernel[(n_tokens,)](
+            named.norm_weight, named.query_weight, named.key_weight, named.key_bias, named.feature_weight,
+            named.feature_bias, grad_directions, grad_offsets, unit, rstd, grad_u, grad_query, grad_m, grad_tokens,
+            n_channels, *strides, 1 / math.sqrt(n_channels), **block_sizes(n_channels), num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _relation_weights_bwd_kernel[(n_tiles, n_tiles)](
+            named.norm_weight, named.norm_bias, grad_directions, grad_offsets, query, u, unit,
+            grad_u, grad_query, grad_m, *grad_weights, n_tokens, n_channels, *strides, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W,
+        )  # fmt: skip
+    return grad_weights
+
+
+_forward = torch.library.custom_op("renyi_kd::relation_directions", launch_forward, mutates_args=())
 
 
 @torch.library.custom_op("renyi_kd::relation_directions_backward", mutates_args=())
@@ -205,34 +235,20 @@ def _backward(
     tokens: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], grad_directions: Tensor, grad_offsets: Tensor
 ) -> list[Tensor]:
     """Return the gradients of the tokens and of every weight."""
-    query, u, unit, rstd = saved
-    n_tokens, n_channels = tokens.shape
-    named = RelationWeights(*weights)
-    grad_tokens, *grad_weights = gradients = _empty_gradients(tokens, weights)
-    grad_u, grad_query, grad_m = (torch.empty_like(unit) for _ in range(3))
-    n_tiles = triton.cdiv(n_channels, BLOCK_W)
-    with torch.cuda.device_of(tokens):
-        _relation_directions_bwd_kernel[(n_tokens,)](
-            named.norm_weight, named.query_weight, named.key_weight, named.key_bias, named.feature_weight,
-            named.feature_bias, grad_directions, grad_offsets, unit, rstd, grad_u, grad_query, grad_m, grad_tokens,
-            n_channels, 1 / math.sqrt(n_channels), **block_sizes(n_channels), num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _relation_weights_bwd_kernel[(n_tiles, n_tiles)](
-            named.norm_weight, named.norm_bias, grad_directions, grad_offsets, query, u, unit,
-            grad_u, grad_query, grad_m, *grad_weights, n_tokens, n_channels, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W,
-        )  # fmt: skip
-    return gradients
+    grad_tokens = tokens.new_empty(tokens.shape)
+    return [grad_tokens, *launch_backward(weights, saved, grad_directions, grad_offsets, grad_tokens)]
 
 
-def _empty_gradients(tokens: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [value.new_empty(value.shape) for value in (tokens, *weights)]
+@_forward.register_fake
+def _(tokens: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_outputs(tokens)
 
 
 @_backward.register_fake
 def _(
     tokens: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], grad_directions: Tensor, grad_offsets: Tensor
 ) -> list[Tensor]:
-    return _empty_gradients(tokens, weights)
+    return [value.new_empty(value.shape) for value in (tokens, *weights)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -141,8 +141,8 @@ def block_sizes(n_channels: int, n_pixels: int, elements: int) -> dict[str, int]
     return {"BLOCK_C": block_c, "BLOCK_P": block_p}
 
 
-@torch.library.custom_op("renyi_kd::relation_scores", mutates_args=())
-def _forward(image_features: Tensor, directions: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
+def launch_forward(image_features: Tensor, directions: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
+    """Return the scores, by one launch."""
     n_images, n_channels, height, width = image_features.shape
     n_directions, n_pixels = directions.shape[1], height * width
     scores = directions.new_empty(n_images, n_directions, n_pixels)
@@ -154,6 +154,43 @@ def _forward(image_features: Tensor, directions: Tensor, offsets: Tensor | None,
             **blocks, HAS_OFFSETS=offsets is not None, num_warps=NUM_WARPS,
         )  # fmt: skip
     return scores
+
+
+def _n_programs(image_features: Tensor) -> int:
+    n_images, n_channels, height, width = image_features.shape
+    n_tiles = triton.cdiv(height * width, block_sizes(n_channels, height * width, BACKWARD_TILE)["BLOCK_P"])
+    n_programs: int = min(n_tiles, triton.cdiv(_PROGRAMS, n_images))
+    return n_programs
+
+
+def empty_sums(image_features: Tensor, n_rows: int) -> Tensor:
+    """Return room for what the programs of a backward sum up: ``[n_rows, programs, d + 1]``, offsets last."""
+    shape = n_rows, _n_programs(image_features), image_features.shape[1] + 1
+    return image_features.new_empty(shape, dtype=torch.float32)
+
+
+def launch_backward(
+    image_features: Tensor,
+    directions: Tensor,
+    grad_scores: Tensor,
+    eps: float,
+    grad_features: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    """Write the gradient of the map, and a row of sums per direction and program, by one launch; None: not needed."""
+    n_images, n_channels, height, width = image_features.shape
+    n_directions, n_pixels, n_programs = directions.shape[1], height * width, _n_programs(image_features)
+    with torch.cuda.device_of(image_features):
+        _relation_scores_bwd_kernel[(n_programs * n_images,)](
+            image_features, directions, grad_scores, grad_features, sums,
+            n_channels, n_pixels, n_directions, n_programs, width, eps, *image_features.stride(),
+            *(image_features if grad_features is None else grad_features).stride(),
+            **block_sizes(n_channels, n_pixels, BACKWARD_TILE),
+            NEEDS_X=grad_features is not None, NEEDS_DIRECTIONS=sums is not None, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+_forward = torch.library.custom_op("renyi_kd::relation_scores", launch_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -172,20 +209,14 @@ def _backward(
     needs_directions: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the map, and those of each direction and offset side by side; empty if not needed."""
-    n_images, n_channels, height, width = image_features.shape
-    n_directions, n_pixels = directions.shape[1], height * width
-    grad_features = torch.empty_like(image_features) if needs_features else image_features.new_empty(0, 0, 0, 0)
-    blocks = block_sizes(n_channels, n_pixels, BACKWARD_TILE)
-    n_programs = min(triton.cdiv(n_pixels, blocks["BLOCK_P"]), triton.cdiv(_PROGRAMS, n_images))
-    partial = directions.new_empty(n_images, n_directions, n_programs, n_channels + 1 if needs_directions else 0)
-    with torch.cuda.device_of(image_features):
-        _relation_scores_bwd_kernel[(n_programs * n_images,)](
-            image_features, directions, grad_scores, grad_features, partial,
-            n_channels, n_pixels, n_directions, n_programs, width, eps,
-            *image_features.stride(), *grad_features.stride(),
-            **blocks, NEEDS_X=needs_features, NEEDS_DIRECTIONS=needs_directions, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return grad_features, partial.sum(2)
+    grad_features = torch.empty_like(image_features) if needs_features else None
+    shape = directions.shape[:2]
+    sums = empty_sums(image_features, shape.numel()) if needs_directions else None
+    launch_backward(image_features, directions, grad_scores, eps, grad_features, sums)
+    return (
+        image_features.new_empty(0, 0, 0, 0) if grad_features is None else grad_features,
+        directions.new_empty(*shape, 0) if sums is None else sums.sum(1).view(*shape, -1),
+    )
 
 
 @_backward.register_fake
