@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ COLUMNS = (
     "commit", "dirty", "utc",
 )  # fmt: skip
 PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
+PASSES = ("forward", "forward+backward")
 LINEAR = SampleKernel("linear")
 
 
@@ -159,7 +160,10 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def runs_of(case: Case, which: str) -> dict[str, measure.Run]:
-    """Return what is timed, by provider; the upstream gradient of a value that is no scalar is fixed."""
+    """Return what is timed, by provider; the upstream gradient of a value that is no scalar is fixed.
+
+    On a CPU there is nothing that Triton could be timed on.
+    """
     upstream = torch.ones_like(case.functions["reference"](*case.leaves))
 
     def forward(function: Callable[..., Tensor]) -> Tensor:
@@ -170,33 +174,41 @@ def runs_of(case: Case, which: str) -> dict[str, measure.Run]:
         value = function(*case.leaves)
         return (value, *torch.autograd.grad(value, case.leaves, upstream.to(value.dtype)))
 
-    return {name: partial(forward if which == "forward" else both, f) for name, f in case.functions.items()}
+    on_gpu = case.leaves[0].is_cuda
+    return {
+        name: partial(forward if which == "forward" else both, function)
+        for name, function in case.functions.items()
+        if name != "triton" or on_gpu
+    }
 
 
 def agreeing(runs: dict[str, measure.Run], dtype: torch.dtype) -> dict[str, measure.Run]:
-    """Return the runs that work and agree with the textbook's to rounding; say of the others why not."""
-    expected = runs["textbook"]()
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    kept = {}
+    """Return the runs that work and agree to rounding with the textbook's; say of the others why not.
+
+    Where the textbook's does not run, because its matrices do not fit in memory, the reference is what the others must
+    agree with.
+    """
+    values, kept = {}, {}
+    for name, run in runs.items():
+        try:
+            value = run()
+        except Exception as error:
+            print(f"    {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            continue
+        values[name] = tuple(part.detach().cpu() for part in (value if isinstance(value, tuple) else (value,)))
+        del value
+    expected = values["textbook" if "textbook" in values else "reference"]
     # Parameter gradients on the scale of the largest: that of a bias can be zero up to rounding.
     scales = [value.abs().max().item() for value in expected]
     largest = max(scales[3:], default=0.0)
     allowed = 5e-5 if dtype == torch.float32 else 0.05
-    for name, run in runs.items():
-        if name == "triton" and torch.device("cpu") == expected[0].device:
-            continue
-        try:
-            actual = run()
-        except Exception as error:
-            print(f"    {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            continue
-        actual = actual if isinstance(actual, tuple) else (actual,)
+    for name, actual in values.items():
         errors = [
             (a.float() - e.float()).abs().max().item() / max(scale, largest if index > 2 else 0.0)
             for index, (a, e, scale) in enumerate(zip(actual, expected, scales, strict=True))
         ]
         if max(errors) < allowed:
-            kept[name] = run
+            kept[name] = runs[name]
         else:
             print(f"    {name} is off by {max(errors):.1e} of the scale and is not timed")
     return kept
@@ -210,13 +222,14 @@ def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment
     times = {name: measure.percentiles(values) for name, values in samples.items()}
     rows = []
     for name, run in runs.items():
+        textbook = times["textbook"]["ms_p50"] if "textbook" in times else math.nan
         of_copy = math.nan
         if case.passes:
             # A copy is two passes, a read and a write.
             of_copy = case.passes[which] / 2 * times["copy"]["ms_p50"] / times[name]["ms_p50"]
         rows.append({
             "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."), **case.sizes,
-            **times[name], "speed_up": times["textbook"]["ms_p50"] / times[name]["ms_p50"], "of_copy": of_copy,
+            **times[name], "speed_up": textbook / times[name]["ms_p50"], "of_copy": of_copy,
             "peak_mib": measure.peak_mib(run, device), "launches": measure.launches(run, device),
             "trials": trials, **environment,
         })  # fmt: skip
@@ -259,18 +272,23 @@ def label(row: dict) -> str:
     return f"{row['op']}, B {row['b']}, {row['layout'].replace('_', ' ')}, {row['dtype']}"
 
 
-def main() -> None:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
     parser.add_argument("--picture", type=Path, help="image file to draw the speed-ups to")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--samples", type=int, nargs="+", default=[4096], help="of gram_moment")
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 16])
+    parser.add_argument("--samples", type=int, nargs="*", default=[4096], help="of gram_moment")
     parser.add_argument("--ops", nargs="+", help="only these operations")
+    parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trials", type=int, default=5, help="at least 2")
-    args = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     environment, rows = measure.environment(args.device), []
     print(f"auto takes: {implementation(torch.ones(1, device=args.device))}")
@@ -279,7 +297,7 @@ def main() -> None:
         for case in cases(args.batches, args.samples, dtype, args.device):
             if args.ops and case.op not in args.ops:
                 continue
-            for which in ("forward", "forward+backward"):
+            for which in args.passes:
                 new = rows_of(case, which, dtype, args.trials, environment)
                 rows += new
                 print(f"{label(new[0])}, {which}")

@@ -68,10 +68,12 @@ def interleaved_ms(runs: dict[str, Run], trials: int, device: str = "cpu") -> di
 
 def _calls_ms(run: Run, seconds: float, at_least: int) -> list[float]:
     times: list[float] = []
-    while sum(times) < 1e3 * seconds or len(times) < at_least:
+    total = 0.0
+    while total < 1e3 * seconds or len(times) < at_least:
         start = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - start))
+        total += times[-1]
     return times
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import kernels, measure
+from benchmarks import gpu, kernels, measure
 
 
 @pytest.fixture
@@ -44,6 +48,19 @@ def test_what_is_wrong_or_fails_is_not_timed(case, capsys):
     assert "fails does not run here: RuntimeError: no such device\n" in said
 
 
+def test_where_the_textbook_does_not_fit_the_reference_is_the_measure(case, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("three matrices")
+
+    functions = case.functions | {"textbook": too_large, "off": lambda *x: 1.001 * case.functions["reference"](*x)}
+    rows = kernels.rows_of(case._replace(functions=functions), "forward", torch.float32, 2, measure.environment())
+    assert [row["provider"] for row in rows] == ["reference"]
+    assert math.isnan(rows[0]["speed_up"])
+    said = capsys.readouterr().out
+    assert "textbook does not run here: OutOfMemoryError: three matrices\n" in said
+    assert "off is off by 1.0e-03 of the scale" in said
+
+
 def test_every_operation_has_a_case():
     of_maps = list(kernels.map_cases(2, "channels_first", torch.float32, "cpu"))
     assert [case.op for case in of_maps] == ["relation_scores", "batch_gram", "infosam_terms"]
@@ -55,3 +72,63 @@ def test_picture(case, tmp_path):
     kernels.draw(rows, tmp_path / "kernels.png")
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# The GPU script, with steps that need none.
+
+
+def python(name: str, code: str, seconds: float = 60, is_check: bool = False) -> gpu.Step:
+    return gpu.Step(name, [sys.executable, "-c", code], seconds, is_check)
+
+
+@pytest.mark.parametrize("is_check", [False, True])
+def test_every_step_runs_whatever_became_of_the_others(is_check, tmp_path, capsys):
+    endless = "import subprocess, sys, time; print('begun', flush=True); time.sleep(60)"
+    steps = [
+        python("good", "print('5 passed')"),
+        python("endless", endless, 5, is_check),
+        gpu.Step("absent", ["no-such-program"], 5, True),
+        python("last", "print('the end')"),
+    ]
+    assert gpu.run_all(steps, tmp_path / "out") is not is_check
+    said = capsys.readouterr().out.splitlines()
+    for line, words in zip(said, ["passed", "out of time", "not installed", "passed"], strict=True):
+        assert words in line
+    assert said[0].endswith("5 passed")
+    assert said[1].endswith("begun")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"good.log", "endless.log", "last.log"}
+
+
+def test_what_failed_fails_the_whole(tmp_path, capsys):
+    assert not gpu.run_all([python("bad", "raise SystemExit('1 failed')"), python("good", "")], tmp_path)
+    assert "failed" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_what_a_step_has_started_ends_with_it(tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert gpu.run(python("parent", code, 2), tmp_path) == "out of time"
+    time.sleep(4)
+    assert not mark.exists()
+
+
+def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
+    steps = gpu.steps(tmp_path)
+    assert sum(step.seconds for step in steps) <= 480
+    for step in steps:
+        if step.command[2] == "benchmarks.kernels":
+            assert kernels.arguments(step.command[3:]).device == "cuda"
+    selected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", gpu.TESTS]
+    found = subprocess.run([*selected, "-k", gpu.CHECKED], capture_output=True, text=True, check=True).stdout
+    assert all(f"::{name}[" in found for name in ("test_scores_in_every_layout", "test_teacher_pass_in_every_layout"))
+    assert "::test_the_loss_is_that_of_the_reference[" in found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "a GPU must be there, got none that PyTorch sees" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()

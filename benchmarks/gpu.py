@@ -1,0 +1,125 @@
+"""Everything that only a GPU can show, in one go of less than eight minutes.
+
+    python -m benchmarks.gpu --out gpu
+
+The kernels' tests on the device (bf16, bitwise repeats and CUDA graphs included), the benchmarks, and some tests once
+more under NVIDIA's memory checker, where it is installed. Every step is a process with a time of its own, so that none
+takes that of the others; what a benchmark had measured when its time ended is kept. The folder then holds a log per
+step and the CSV files and picture to commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+Outcome = Literal["passed", "failed", "out of time", "not installed"]
+TESTS = "tests/test_triton.py"
+# What reads and writes features of every layout, and the loss as a whole.
+CHECKED = "in_every_layout or loss_is_that_of_the_reference"
+
+
+class Step(NamedTuple):
+    """One process.
+
+    Attributes:
+        name: also that of its log.
+        command: program and arguments.
+        seconds: after which it is stopped.
+        is_check: whether the whole has failed if this did not come to its end.
+
+    """
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    is_check: bool = False
+
+
+def steps(out: Path) -> list[Step]:
+    """Return all steps, what matters most first."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS]
+    kernels = [sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", "--trials", "3"]
+    loss = ["--ops", "infosam_terms", "--batches", "4", "16", "64", "--dtype", "float32", "bfloat16", "--samples"]
+    moment = ["--ops", "gram_moment", "--samples", "16384", "65536", "--batches"]
+    pass_and_rows = ["--passes", "forward+backward", "--out", str(out / "kernels_cuda.csv")]
+    teachers = [sys.executable, "-m", "benchmarks.teachers", "--device", "cuda", "--amp"]
+    memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    return [
+        Step("tests", pytest, 140, is_check=True),
+        Step("loss", [*kernels, *loss, *pass_and_rows, "--picture", str(out / "kernels_cuda.png")], 180),
+        Step("moment", [*kernels, *moment, *pass_and_rows], 50),
+        Step("teachers", [*teachers, "--out", str(out / "teachers_cuda.csv")], 50),
+        Step("memory", [*memcheck, *pytest, "-k", CHECKED], 50, is_check=True),
+    ]
+
+
+def run(step: Step, out: Path) -> Outcome:
+    """Run a step; its output goes to its log."""
+    if shutil.which(step.command[0]) is None:
+        return "not installed"
+    with (out / f"{step.name}.log").open("w") as log:
+        # A session of its own: what a step has started ends with it.
+        process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return "passed" if process.wait(step.seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_all(to_run: Sequence[Step], out: Path) -> bool:
+    """Run every step, say how it went, and return whether nothing failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    good = True
+    for step in to_run:
+        start = time.perf_counter()
+        outcome = run(step, out)
+        print(
+            f"{step.name:<10} {outcome:<14} {time.perf_counter() - start:>5.0f} s  {last_line(out, step)}", flush=True
+        )
+        good &= outcome in ("passed", "not installed") or (outcome == "out of time" and not step.is_check)
+    return good
+
+
+def last_line(out: Path, step: Step) -> str:
+    log = out / f"{step.name}.log"
+    lines = log.read_text().split("\n") if log.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "")[:100]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of logs, rows and picture")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")
+    args = parser.parse_args()
+    to_run = steps(args.out)
+    unknown = set(args.only or ()) - {step.name for step in to_run}
+    if unknown:
+        parser.error(f"--only must name steps of {[step.name for step in to_run]}, got {sorted(unknown)}")
+    if not torch.cuda.is_available():
+        parser.error("a GPU must be there, got none that PyTorch sees; without one, pytest runs the interpreter")
+    if not run_all([step for step in to_run if not args.only or step.name in args.only], args.out):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
