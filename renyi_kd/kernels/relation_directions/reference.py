@@ -59,13 +59,13 @@ class _RelationDirections(torch.autograd.Function):
         weights = RelationWeights(*(parameter.to(dtype) for parameter in parameters))
         with torch.autocast(mask_tokens.device.type, enabled=False):
             tokens = mask_tokens.flatten(0, 1).to(dtype)
-            least, most = tokens.aminmax(dim=-1, keepdim=True)
+            differs = (tokens != tokens[:, :1]).any(-1, keepdim=True)
             m, mean, rstd = torch.native_layer_norm(tokens, (n_channels,), weights.norm_weight, weights.norm_bias, eps)
             query = torch.addmm(weights.query_bias, m, weights.query_weight.mT).mul_(1 / math.sqrt(n_channels))
             u = torch.addmm(m, query, weights.key_weight)
             offsets = query @ weights.key_bias + u @ weights.feature_bias
             directions = u * weights.feature_weight
-        ctx.save_for_backward(mask_tokens, *parameters, mean, rstd * (least != most), query, u)
+        ctx.save_for_backward(mask_tokens, *parameters, mean, rstd * differs, query, u)
         return directions.view(mask_tokens.shape), offsets.view(mask_tokens.shape[:2])
 
     @staticmethod

@@ -10,9 +10,10 @@ With g_p the gradient of s_p, and sums over p or over the scores that share a pi
 Few large operations, because in eager PyTorch each call costs as much as some thousand pixels: all scores and means
 are one product of thin matrices; the variance is summed in blocks that stay in the cache, from deviations (E[x^2] -
 E[x]^2 would lose all digits where the mean is large); the gradient is written in blocks too. The map is read twice
-forward and twice backward; kept are the scores and two numbers a pixel. A pixel whose channels are all alike has no
-direction: its score is 0 and so is its gradient (LayerNorm would multiply it by 1 / sqrt(eps): a dead pixel would
-outweigh all others).
+forward (once where the channels of a pixel lie side by side, as a block then has its scores and means at once) and
+twice backward; kept are the scores and two numbers a pixel. A pixel whose channels are all alike has no direction: its
+score is 0 and so is its gradient (LayerNorm would multiply it by 1 / sqrt(eps): a dead pixel would outweigh all
+others).
 
 Any float dtype (sums in fp32, in fp64 for fp64), any strides, any sizes >= 1. First derivatives only.
 """
@@ -70,15 +71,20 @@ class _RelationScores(torch.autograd.Function):
         with torch.autocast(image_features.device.type, enabled=False):
             left = torch.cat([directions, averaging], 1)
             for part, x in _parts(image_features, directions.dtype):
-                torch.bmm(left, x, out=products[:, :, part])
+                channels_last = x.stride(1) == 1
+                if not channels_last:
+                    torch.bmm(left, x, out=products[:, :, part])
                 memory = None
-                by_pixel = mean[:, :, part], variance[:, :, part]
-                for block, weights, block_mean, total in _blocks((x,), (averaging,), by_pixel):
+                by_pixel = products[:, :, part], variance[:, :, part]
+                for block, vectors, sums, total in _blocks((x,), (left,), by_pixel):
+                    if channels_last:
+                        # All channels are here, and a tall product with few columns is the quicker way round.
+                        sums.copy_(torch.bmm(block.mT, vectors.mT).mT)
                     if memory is None or memory.shape != block.shape:
                         memory = torch.empty_like(block)
                     # (x - mean)^2 in one pass and into memory that is there already, which no public name offers.
-                    squares = torch.ops.aten.mse_loss.out(block, block_mean.expand_as(block), 0, out=memory)
-                    total.baddbmm_(weights, squares)
+                    squares = torch.ops.aten.mse_loss.out(block, sums[:, -1:].expand_as(block), 0, out=memory)
+                    total.baddbmm_(vectors[:, -1:], squares)
             alive = variance > (4 * torch.finfo(mean.dtype).eps * mean).square()
             rstd = (variance + eps).rsqrt_().mul_(alive)
             # Rounding leaves the directions a mean, which a large mean of the pixels would make visible.
