@@ -24,7 +24,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASH = dict(re.findall(r"<!-- command: (\w+) -->\n\n```bash\n(.*?)```", README, re.DOTALL))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def namespace():
     """Return what a user has when the README begins: two models, their batches and a task loss."""
     from peft import LoraConfig, get_peft_model
@@ -48,17 +48,14 @@ def namespace():
     }
 
 
-@pytest.mark.parametrize("index", range(len(PYTHON)))
-def test_python_blocks_run_in_order_and_print_what_they_say(index, namespace, tmp_path, monkeypatch):
+def test_python_blocks_run_in_order_print_what_they_say_and_train(namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    expected = re.findall(r"^print\(.*\)  # (.*)$", PYTHON[index], re.MULTILINE)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(PYTHON[index], f"README.md block {index}", "exec"), namespace)
-    if expected:
-        assert printed.getvalue().splitlines() == expected
-
-
-def test_the_loop_of_the_readme_trains_student_and_module(namespace):
+    for index, block in enumerate(PYTHON):
+        expected = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, f"README.md block {index}", "exec"), namespace)
+        if expected:
+            assert printed.getvalue().splitlines() == expected, block
     state = namespace["optimizer"].state
     assert any(parameter in state for parameter in namespace["infosam_loss"].parameters())
     assert all(
@@ -77,7 +74,7 @@ def test_shell_blocks_are_the_two_commands_of_which_ci_runs_one_and_this_the_oth
     assert BASH.keys() == {"example", "tests"}
     install, _, example = BASH["example"].strip().partition(" && ")
     assert install == 'pip install -e ".[examples]" -c constraints.txt'
-    assert BASH["tests"].strip() == 'pip install -e ".[test]" -c constraints.txt && pytest'
+    assert BASH["tests"].strip() == 'pip install -e ".[test]" -c constraints.txt && pytest -n auto'
     assert "readme_command.py tests" in (ROOT / ".ci/run").read_text()
     program, *arguments = shlex.split(example)
     assert program == "python"

@@ -325,7 +325,17 @@ def test_teacher_pass_keeps_nan_where_it_is():
 
 BLOCK_L = infosam_terms_triton.map_blocks(4)["BLOCK_L"]
 DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
-SIZES = [(2, 1), (3, BLOCK_L - 1), (4, BLOCK_L), (4, BLOCK_L + 1), (5, 3 * BLOCK_L + 5), (16, 40), (17, 33), (40, 20)]
+SIZES = [
+    (2, 1),
+    (3, BLOCK_L - 1),
+    (4, BLOCK_L),
+    (4, BLOCK_L + 1),
+    (5, 3 * BLOCK_L + 5),
+    (16, 40),
+    (16, 1200),
+    (17, 33),
+    (40, 20),
+]
 
 
 def relations(n_samples: int, n_scores: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -370,10 +380,11 @@ def test_terms_of_relations(size, dtype, form):
 
 
 @pytest.mark.parametrize("elements", [1, 150])
-def test_terms_where_a_program_has_several_stretches(elements, monkeypatch):
+@pytest.mark.parametrize("limit", ["_PARTIAL_ELEMENTS", "_PART_ELEMENTS"])
+def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, monkeypatch):
     arguments = relations(5, 4 * BLOCK_L + 3)
     expected = terms_of_relations(*arguments, impl="triton")
-    monkeypatch.setattr(infosam_terms_triton, "_PARTIAL_ELEMENTS", elements)
+    monkeypatch.setattr(infosam_terms_triton, limit, elements)
     for a, e in zip(terms_of_relations(*arguments, impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -607,6 +618,9 @@ def test_a_step_takes_twelve_launches(dtype, form):
         loss = infosam_terms(relation, teacher, student, distillation=form, impl="triton").loss
         torch.autograd.grad(loss, [*student[:2], *relation.parameters()], upstream)
     assert len(names) == 12, names
+    # Tokens wider than the maps have stretches of their own.
+    expected = infosam_terms(relation, teacher, student, distillation=form, impl="reference").loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["channel-last", "channel-first"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -91,18 +90,16 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str:
 
 def _broken_triton() -> str:
     try:
-        importlib.import_module("triton.language")
+        import triton.language
     # Whatever a Triton that does not fit the machine raises, auto has the reference to go on with.
     except Exception as error:
         return f"a Triton that cannot be imported ({type(error).__name__}: {error})"
-    return _old_triton(_OLDEST_TRITON)
+    return _older(triton.__version__, _OLDEST_TRITON)
 
 
-def _old_triton(oldest: tuple[int, int]) -> str:
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return "" if version >= oldest else f"Triton {triton.__version__} (the kernels need {oldest[0]}.{oldest[1]} here)"
+def _older(version: str, oldest: tuple[int, int]) -> str:
+    is_older = tuple(int(part) for part in version.split(".")[:2]) < oldest
+    return f"Triton {version} (the kernels need {oldest[0]}.{oldest[1]} here)" if is_older else ""
 
 
 def _unsupported(device: int) -> str:
@@ -111,7 +108,9 @@ def _unsupported(device: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"a GPU of compute capability {capability[0]}.{capability[1]}, below 8.0"
-    return _old_triton(_OLDEST_TRITON_FOR_BLACKWELL) if capability >= (10, 0) else ""
+    import triton
+
+    return _older(triton.__version__, _OLDEST_TRITON_FOR_BLACKWELL) if capability >= (10, 0) else ""
 
 
 def _interprets() -> bool:

@@ -132,7 +132,7 @@ def record() -> dict[str, tuple]:
             call_moments(dtype)
             for samples, layout in product((4, 32, 64), (torch.contiguous_format, torch.channels_last)):
                 call_loss(samples, dtype, layout)
-        for samples in (2, 4, 16, 64, 256):
+        for samples in (2, 4, 16, 32, 64, 256):
             call_terms(samples)
     finally:
         mock.patch.stopall()

@@ -100,12 +100,13 @@ def _teacher_pass_kernel(
 def config(n_images: int, channels_last: bool) -> dict[str, Any]:
     """Return the sizes of a tile, and how fp32 is multiplied: exactly enough for fp32, on tensor cores."""
     block_b = max(16, triton.next_power_of_2(n_images))
-    many = block_b == MAX_IMAGES
-    rest = COLUMNS // RUN // (2 if many else 1)
+    few = block_b == 16
+    rest = COLUMNS // RUN if few else COLUMNS // RUN // 2
     block_c, block_p = (RUN, rest) if channels_last else (rest, RUN)
     return {
         "BLOCK_B": block_b, "BLOCK_C": block_c, "BLOCK_P": block_p,
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": NUM_WARPS * (2 if many else 1),
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+        "num_warps": 2 * NUM_WARPS if block_b == MAX_IMAGES else NUM_WARPS,
     }  # fmt: skip
 
 

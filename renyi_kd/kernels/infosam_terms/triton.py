@@ -266,6 +266,7 @@ def gram_blocks(n_samples: int) -> dict[str, int]:
     return {
         "BLOCK_R": max(1, min(block_s, _TILE_ELEMENTS // (4 * block_s))), "BLOCK_S": block_s,
         "BLOCK_K": _TILE_ELEMENTS // block_e, "BLOCK_E": block_e,
+        "num_warps": NUM_WARPS if block_s < 64 else 2 * NUM_WARPS,
     }  # fmt: skip
 
 
@@ -307,7 +308,6 @@ def launch_forward(
             image_parts, token_parts, relation_parts[0], relation_parts[1], grams, *outputs,
             n_samples, len(image_parts), len(token_parts), relation_parts.shape[1], lambda_r, lambda_d,
             **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
-            num_warps=NUM_WARPS,
         )  # fmt: skip
     return outputs
 

@@ -26,7 +26,7 @@ from renyi_kd.kernels.relation_directions.weights import RelationWeights
 
 # Elements of a tile of a matrix, chosen so that nothing spills on any target; not measured on a GPU yet.
 TILE = 4096
-BLOCK_R, BLOCK_W = 16, 32
+BLOCK_R, BLOCK_W = 16, 16
 NUM_WARPS = 8
 
 
@@ -222,7 +222,8 @@ def launch_backward(
         )  # fmt: skip
         _relation_weights_bwd_kernel[(n_tiles, n_tiles)](
             named.norm_weight, named.norm_bias, grad_directions, grad_offsets, query, u, unit,
-            grad_u, grad_query, grad_m, *grad_weights, n_tokens, n_channels, *strides, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W,
+            grad_u, grad_query, grad_m, *grad_weights, n_tokens, n_channels, *strides,
+            BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_weights
 
