@@ -84,8 +84,9 @@ def python(name: str, code: str, seconds: float = 60, is_check: bool = False) ->
 @pytest.mark.parametrize("is_check", [False, True])
 def test_every_step_runs_whatever_became_of_the_others(is_check, tmp_path, capsys):
     endless = "import subprocess, sys, time; print('begun', flush=True); time.sleep(60)"
+    environment = "import os; print(os.environ['PASSED'], 'passed')"
     steps = [
-        python("good", "print('5 passed')"),
+        python("good", environment)._replace(environment={"PASSED": "5"}),
         python("endless", endless, 5, is_check),
         gpu.Step("absent", ["no-such-program"], 5, True),
         python("last", "print('the end')"),

@@ -10,6 +10,9 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
 from renyi_kd.kernels import dispatch
@@ -606,13 +609,16 @@ def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens):
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("form", DISTILLATIONS)
-def test_a_step_takes_twelve_launches(dtype, form):
-    """Kernels of the package and every operation of PyTorch that is neither a view nor an allocation."""
-    teacher, student = (
-        SAMFeatures(*(1 + randn(4, *shape, seed=seed).to(DEVICE, dtype) for shape in ((256, 8, 8), (1, 256))))
-        for seed in (1, 3)
-    )
-    student, relation = in_training(student), relation_module(256).to(DEVICE)
+@pytest.mark.parametrize("shape", [(256, 8, 8), (4, 64, 64)], ids=str)
+def test_a_step_takes_twelve_launches(dtype, form, shape):
+    """Kernels of the package and every operation of PyTorch that is neither a view nor an allocation.
+
+    As many channels as a SAM has, or as many pixels: both together take the interpreter minutes.
+    """
+    dim = shape[0]
+    maps = [1 + randn(4, *shape, seed=seed).to(DEVICE, dtype) for seed in (1, 3)]
+    teacher, student = (SAMFeatures(x, 1 + randn(4, 1, dim, seed=5 + k).to(DEVICE, dtype)) for k, x in enumerate(maps))
+    student, relation = in_training(student), relation_module(dim).to(DEVICE)
     upstream = torch.ones((), device=DEVICE)
     with launches() as names:
         loss = infosam_terms(relation, teacher, student, distillation=form, impl="triton").loss
@@ -681,6 +687,38 @@ def test_autocast_changes_no_bit(low, form):
         actual = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_autocast_to_another_half_precision_than_the_features(low, impl):
+    """As of a teacher that was loaded in fp16 where the loop runs in bf16; autocast would refuse to mix them."""
+    other = torch.float16 if low == torch.bfloat16 else torch.bfloat16
+    teacher, student, relation = setting()
+    teacher, student = (value._replace(mask_tokens=value.mask_tokens.to(other)) for value in (teacher, student))
+    expected = infosam_terms(relation, teacher, student, impl=impl)
+    with torch.autocast(DEVICE, low):
+        actual = infosam_terms(relation, teacher, student, impl=impl)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_shapes_stay_symbolic_under_compilation():
+    """A map of another size does not compile the loss again."""
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    shapes = [(12,), (12,), (12, 12), (12,), (12, 12), (12,), (12,), (12,)]
+    sizes = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    with mode:
+        maps = [
+            mode.from_tensor(torch.ones(3, 12, 6, 5), symbolic_context=sizes, source=ConstantSource(name))
+            for name in ("teacher", "student")
+        ]
+        tokens = [mode.from_tensor(torch.ones(3, 1, 12)) for _ in maps]
+        weights = [mode.from_tensor(torch.ones(shape)) for shape in shapes]
+        torch.ops.renyi_kd.infosam_loss(*maps, *tokens, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)
+    # Of teacher and student nothing asks that they be alike here.
+    assert not any(value.is_number for value in environment.replacements.values()), environment.replacements
 
 
 @pytest.mark.parametrize("form", DISTILLATIONS)

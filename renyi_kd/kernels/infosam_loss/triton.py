@@ -9,9 +9,10 @@ the gradient is linear in that of the scores, which mixes the score maps of all 
 score map, of every pair of samples, would do. They are b^2 d numbers a program, which outgrow its tile from a few
 samples on; and a batch of so few takes the time of its launches, not that of its reads.
 
-With more than one token a sample, or more than 64, scores and Gram are two reads. Extra memory: the scores of both maps
-and their gradient, 4 / d of a map; partial sums; nothing of a map's size but the gradient. fp16, bf16, fp32; any
-strides. First derivatives, not of the teacher's features.
+Partial Grams of more than a few samples are summed by a launch of their own. With more than one token a sample, or more
+than 64, scores and Gram are two reads, and a map that is not dense is copied for the Gram. Extra memory: the scores of
+both maps and their gradients, 4 n / d of a map in fp32 for n tokens a sample; partial Grams; some 2,000 n rows of d + 1
+sums. fp16, bf16, fp32; any strides. First derivatives, not of the teacher's features.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _forward(
 ) -> list[Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and what the backward needs: see ``_Saved``."""
     n_samples, n_tokens, n_channels = teacher_tokens.shape
-    tokens = torch.cat([teacher_tokens, student_tokens])
+    # Autocast is still on in here, and would refuse another half precision than its own.
+    with torch.autocast(teacher_tokens.device.type, enabled=False):
+        tokens = torch.cat([teacher_tokens, student_tokens])
     directions, offsets, *of_directions = relation_directions.launch_forward(tokens.flatten(0, 1), weights, token_eps)
     of_teacher, of_student = directions.view(2, n_samples, n_tokens, n_channels)
     on_teacher, on_student = offsets.view(2, n_samples, n_tokens)
@@ -86,7 +89,8 @@ def _(
     detach_teacher: bool,
 ) -> list[Tensor]:
     n_samples, n_tokens, n_channels = teacher_tokens.shape
-    scores = teacher_map.new_empty(n_samples, n_tokens * teacher_map.shape[2:].numel(), dtype=torch.float32)
+    _, _, height, width = teacher_map.shape
+    scores = teacher_map.new_empty(n_samples, n_tokens * height * width, dtype=torch.float32)
     *terms, mix = infosam_terms.empty_outputs(scores.new_empty(n_samples, n_samples, dtype=torch.float64), scores)
     directions, _, *of_directions = relation_directions.empty_outputs(
         scores.new_empty(2 * n_samples * n_tokens, n_channels)

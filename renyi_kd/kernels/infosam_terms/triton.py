@@ -314,7 +314,8 @@ def launch_forward(
 
 def _few(parts: Tensor, dim: int) -> Tensor:
     """Return the parts, or their sum as the only one where one program would sum them for too long."""
-    few = parts.shape[dim] == 1 or parts.numel() <= _PART_ELEMENTS
+    n_parts, n_samples = parts.shape[dim], parts.shape[-1]
+    few = n_parts == 1 or n_parts * n_samples**2 <= _PART_ELEMENTS
     return parts if few else parts.sum(dim, keepdim=True, dtype=torch.float64)
 
 
