@@ -339,7 +339,8 @@ def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
 
 def _check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
     for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
-        if not isinstance(value, float | int) or not math.isfinite(value):
+        # By comparison, as torch.compile traces no math.isfinite of a number that it takes as dynamic.
+        if not isinstance(value, float | int) or not abs(value) < math.inf:
             raise ValueError(f"{function}: {name} must be a finite number, got {value!r}; 0 switches the term off")
 
 
