@@ -46,7 +46,7 @@ def _forward(
     distillation: str,
     detach_teacher: bool,
 ) -> list[Tensor]:
-    """Return loss, L_r, L_d, both unit Grams, and what the backward needs: see ``_Saved``."""
+    """Return loss, L_r, L_d, both unit Grams, and for the backward scores, their mix, and directions with parts."""
     n_samples, n_tokens, n_channels = teacher_tokens.shape
     # Autocast is still on in here, and would refuse another half precision than its own.
     with torch.autocast(teacher_tokens.device.type, enabled=False):
