@@ -66,7 +66,7 @@ def steps(out: Path) -> list[Step]:
         Step("loss", [*kernels, *loss, *pass_and_rows, "--picture", str(out / "kernels_cuda.png")], 180),
         Step("moment", [*kernels, *moment, *pass_and_rows], 40),
         Step("teachers", [*teachers, "--out", str(out / "teachers_cuda.csv")], 50),
-        Step("memory", [*memcheck, *pytest, "-k", CHECKED], 70, is_check=True, environment=uncached),
+        Step("memory", [*memcheck, *pytest, "-k", CHECKED], 65, is_check=True, environment=uncached),
     ]
 
 

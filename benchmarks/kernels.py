@@ -220,9 +220,9 @@ def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment
     with_copy = {**runs, "copy": partial(torch.clone, case.leaves[0].detach())}
     samples = measure.interleaved_ms(with_copy, trials, device)
     times = {name: measure.percentiles(values) for name, values in samples.items()}
+    textbook = times["textbook"]["ms_p50"] if "textbook" in times else math.nan
     rows = []
     for name, run in runs.items():
-        textbook = times["textbook"]["ms_p50"] if "textbook" in times else math.nan
         of_copy = math.nan
         if case.passes:
             # A copy is two passes, a read and a write.

@@ -128,8 +128,8 @@ def _backward(
     sums = relation_scores.empty_sums(student_map, 2 * n_rows) if needs_module else None
     if sums is not None:
         relation_scores.launch_backward(teacher_map, of_teacher, grad_teacher, feature_eps, None, sums[:n_rows])
-    of_both = None if sums is None else sums[n_rows:]
-    relation_scores.launch_backward(student_map, of_student, grad_student, feature_eps, grad_map, of_both)
+    student_sums = None if sums is None else sums[n_rows:]
+    relation_scores.launch_backward(student_map, of_student, grad_student, feature_eps, grad_map, student_sums)
     gradients = [student_map.new_empty(0, 0, 0, 0) if grad_map is None else grad_map]
     if sums is None:
         return gradients
