@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from examples.torchvision_compat import ensure_importable
 
 Peft = Literal["lora", "adapter", "bitfit", "decoder"]
 Segment = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+# The side of the input that its weights were trained with.
+_MOBILE_SAM_SIZE = 1024
 MINI_SAM = Path(__file__).parent / "assets" / "mini_sam"
 
 
@@ -147,18 +150,40 @@ def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
         raise ValueError("--weights must name a safetensors file with --model mobile_sam, got nothing")
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: missing; --weights must be a safetensors file with MobileSAM's own names")
-    if image_size not in (None, 1024):
-        raise ValueError(f"--image-size must be 1024 with --model mobile_sam, got {image_size}; leave it out")
+    image_size = image_size or _MOBILE_SAM_SIZE
+    if image_size % 16:
+        raise ValueError(f"--image-size must be a multiple of 16 px with --model mobile_sam, got {image_size}")
     try:
         from mobilesam_lite.mobile_sam import build_sam_vit_t
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; --model mobile_sam needs: pip install mobilesam-lite") from error
     from safetensors.torch import load_file
 
-    model = build_sam_vit_t()
+    model = _mobile_sam_at(image_size, build_sam_vit_t())
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     # eval() again: TinyViT's attention computes its biases there, and its builder did so before the weights came.
-    return Sam(model.eval(), _segment_meta, 1024, 256)
+    return Sam(model.eval(), _segment_meta, image_size, 256)
+
+
+def _mobile_sam_at(image_size: int, model: nn.Module) -> nn.Module:
+    """Return the model for inputs of a size: its weights are those of windows, and only its grids know the image."""
+    encoder, side = model.image_encoder, image_size // 16
+    for module in encoder.modules():
+        if hasattr(module, "input_resolution"):
+            module.input_resolution = tuple(n * image_size // _MOBILE_SAM_SIZE for n in module.input_resolution)
+
+    def forward_features(encoder: nn.Module, x: Tensor) -> Tensor:
+        x = encoder.patch_embed(x)
+        for layer in encoder.layers:
+            x = layer(x)
+        return encoder.neck(x.mT.unflatten(2, (side, side)))
+
+    # The package's own has the grid of 1024 pixels written into it.
+    encoder.forward_features = MethodType(forward_features, encoder)
+    encoder.img_size = image_size
+    model.prompt_encoder.image_embedding_size = (side, side)
+    model.prompt_encoder.input_image_size = (image_size, image_size)
+    return model
 
 
 def _segment_meta(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

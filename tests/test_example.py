@@ -316,7 +316,7 @@ def test_bad_options_end_in_one_sentence(folder, tiny_model, tmp_path, capsys, o
 
 
 def test_a_missing_mobile_sam_package_is_named(folder, tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mobilesam_lite", None)
+    monkeypatch.setitem(sys.modules, "mobilesam_lite.mobile_sam", None)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"")
     with pytest.raises(SystemExit):

@@ -7,10 +7,7 @@ fails. RENYI_KD_WRITE_FAMILIES=1 writes what was found into the rows of the READ
 from __future__ import annotations
 
 import csv
-import importlib.metadata
-import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +29,13 @@ from tests.support.families import (
     hf_sam2_video,
     hf_sam3,
     hf_sam3_tracker,
-    import_quietly,
+    run_with,
     sam2_train,
     sam2_video_batch,
     track,
 )
 from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.packages import EVERYTHING, import_quietly, need
 from tests.support.stand_ins import InferenceOnly, MonaiLike, Sam, TinySamDecoder, one_hypernetwork
 
 TABLE = Path(__file__).parent.parent / "benchmarks/results/families.csv"
@@ -46,7 +44,6 @@ VIDEO, TRAIN, CLIP = "transformers Sam2VideoModel", "sam2 SAM2Train", "transform
 REFUSED = ("transformers Sam3Model", "MONAI CellSamWrapper", "ultralytics SAM and other inference-only wrappers")
 NAMES = (*(case.name for case in CASES), TRAIN, VIDEO, CLIP, *REFUSED)
 WRITING = os.environ.get("RENYI_KD_WRITE_FAMILIES") == "1"
-EVERYTHING = os.environ.get("RENYI_KD_ALL_FAMILIES") == "1"
 FOUND: dict[str, dict[str, str]] = {name: {"family": name, "torch": torch.__version__} for name in NAMES}
 
 each_family = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -80,26 +77,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def need(module: str, distribution: str, install: str) -> str:
-    """Return distribution and version, or skip."""
-    missing = [name for name in (module, *_more_modules(install)) if importlib.util.find_spec(name) is None]
-    if missing:
-        assert not EVERYTHING, f"{missing[0]} is not installed: {install}"
-        pytest.skip(install)
-    return f"{distribution} {importlib.metadata.version(distribution)}"
-
-
-def _more_modules(install: str) -> list[str]:
-    return [name for name in ("timm", "hydra", "iopath", "tensordict") if re.search(rf"\b{name}", install)]
-
-
-def run_with(case: Case) -> str:
-    if case.module is None:
-        return "stand-in"
-    module, distribution = case.module
-    return need(module.partition(".")[0], distribution, case.install)
 
 
 def spy(model: nn.Module, case: Case) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.peft_methods import METHODS, apply, trained_state_dict
 from renyi_kd import InfoSAMLoss, tap
 from tests.support.families import CASES as SAM_FAMILIES
-from tests.support.families import list_of_dicts, mobile_sam
+from tests.support.families import list_of_dicts, mobile_sam, run_with
 from tests.support.loops import run_hf, task_loss
 from tests.support.models import (
     DIM,
@@ -29,7 +29,6 @@ from tests.support.models import (
     needs_transformers_with,
 )
 from tests.support.stand_ins import tiny_sam, tiny_vit_sam
-from tests.test_families import run_with
 
 # Outside of the mask decoder.
 TRAINED = {

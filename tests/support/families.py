@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_sam, meta_sam, needs_transformers_with
+from tests.support.packages import import_quietly, need
 from tests.support.stand_ins import auto_gluon, edge_sam_decoder, efficient_sam, samed, spread, tiny_sam
 
 SAM1, HQ, SAM2 = slice(1, 5), slice(1, 5), slice(2, 6)
@@ -54,11 +54,12 @@ class Case(NamedTuple):
     prompts: int = 3
 
 
-def import_quietly(name: str) -> Any:
-    """Import a package whose import warns: of others' deprecated parts, and of names that several ports register."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)
+def run_with(case: Case) -> str:
+    """Return what the model of a case is run with, or skip where that is missing."""
+    if case.module is None:
+        return "stand-in"
+    module, distribution = case.module
+    return need(module.partition(".")[0], distribution, case.install)
 
 
 def boxes_in(size: int, n_images: int, n_prompts: int) -> dict[str, Tensor]:
