@@ -7,10 +7,9 @@ With g_p the gradient of s_p, and sums over p or over the scores that share a pi
 
     dv = sum_p g_p rstd_p x_p        dx_p = sum rstd_p g_p v + b_p (x_p - mean_p)        b_p = -rstd_p^2 / d sum g_p s_p
 
-Few large operations, because in eager PyTorch each call costs as much as some thousand pixels: all scores and means
-are one product of thin matrices; the variance is summed in blocks that stay in the cache, from deviations (E[x^2] -
-E[x]^2 would lose all digits where the mean is large); the gradient is written in blocks too. The map is read twice
-forward (once where the channels of a pixel lie side by side, as a block then has its scores and means at once) and
+Few large operations, because in eager PyTorch each call costs as much as some thousand pixels: all scores are one
+product of thin matrices; the variance is summed in blocks that stay in the cache, from deviations (E[x^2] - E[x]^2
+would lose all digits where the mean is large); the gradient is written in blocks too. The map is read twice forward and
 twice backward; kept are the scores and two numbers a pixel. A pixel whose channels are all alike has no direction: its
 score is 0 and so is its gradient (LayerNorm would multiply it by 1 / sqrt(eps): a dead pixel would outweigh all
 others).
@@ -20,7 +19,6 @@ Any float dtype (sums in fp32, in fp64 for fp64), any strides, any sizes >= 1. F
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +27,8 @@ from torch import Tensor
 
 from renyi_kd.kernels.huge_pages import advise_huge_pages
 
-# 1 MiB in fp32: a block and what is derived from it fit in a 2 MiB L2 cache.
-_BLOCK_ELEMENTS = 2**18
+# 2 MiB in fp32, of which each of two cores has half in its L2 cache while it is summed over.
+_BLOCK_ELEMENTS = 2**19
 
 
 def relation_scores(
@@ -64,33 +62,17 @@ class _RelationScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image_features: Tensor, directions: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
         directions = _centred(directions)
-        n_images, n_channels, height, width = image_features.shape
-        averaging = directions.new_full((n_images, 1, n_channels), 1 / n_channels)
-        products = directions.new_empty(n_images, directions.shape[1] + 1, height * width)
-        mean, variance = products[:, -1:], directions.new_zeros(n_images, 1, height * width)
+        found = []
         with torch.autocast(image_features.device.type, enabled=False):
-            left = torch.cat([directions, averaging], 1)
-            for part, x in _parts(image_features, directions.dtype):
-                channels_last = x.stride(1) == 1
-                if not channels_last:
-                    torch.bmm(left, x, out=products[:, :, part])
-                memory = None
-                by_pixel = products[:, :, part], variance[:, :, part]
-                for block, vectors, sums, total in _blocks((x,), (left,), by_pixel):
-                    if channels_last:
-                        # All channels are here, and a tall product with few columns is the quicker way round.
-                        sums.copy_(torch.bmm(block.mT, vectors.mT).mT)
-                    if memory is None or memory.shape != block.shape:
-                        memory = torch.empty_like(block)
-                    # (x - mean)^2 in one pass and into memory that is there already, which no public name offers.
-                    squares = torch.ops.aten.mse_loss.out(block, sums[:, -1:].expand_as(block), 0, out=memory)
-                    total.baddbmm_(vectors[:, -1:], squares)
+            for _, x in _parts(image_features, directions.dtype):
+                found.append(_of_neighbours(x, directions) if x.stride(1) == 1 else _of_planes(x, directions))
+            products, mean, variance = (torch.cat(of_parts, 2) for of_parts in zip(*found, strict=True))
             alive = variance > (4 * torch.finfo(mean.dtype).eps * mean).square()
             rstd = (variance + eps).rsqrt_().mul_(alive)
             # Rounding leaves the directions a mean, which a large mean of the pixels would make visible.
             rest = directions.sum(-1, keepdim=True)
-            scores = torch.addcmul(products[:, :-1], rest, mean, value=-1).mul_(rstd)
-        ctx.save_for_backward(image_features, directions, mean.clone(), rstd, scores)
+            scores = products.addcmul_(rest, mean, value=-1).mul_(rstd)
+        ctx.save_for_backward(image_features, directions, mean, rstd, scores)
         return scores if offsets is None else scores + offsets[..., None]
 
     @staticmethod
@@ -122,19 +104,20 @@ class _RelationScores(torch.autograd.Function):
                 if grad_features is None:
                     continue
                 target = grad_features.flatten(2)[:, :, part]
-                in_place = target.dtype == x.dtype
-                gradient = target if in_place else torch.empty_like(x)
-                by_pixel = slope[:, :, part], right[:, :, part]
-                for block, out, vectors, a, by_vector in _blocks((x, gradient), (left,), by_pixel):
-                    if channels_last:
-                        torch.mul(block, a, out=out).baddbmm_(vectors.mT, by_vector)
-                        continue
-                    torch.addcmul(by_vector[:, -1:], block, a, out=out)
-                    if vectors.shape[1] == 2:
-                        out.addcmul_(vectors[:, :1].mT, by_vector[:, :1])
-                    else:
-                        out.baddbmm_(vectors[:, :-1].mT, by_vector[:, :-1])
-                if not in_place:
+                gradient = target if target.dtype == x.dtype else torch.empty_like(x)
+                b, by_pixel = slope[:, :, part], right[:, :, part]
+                if channels_last:
+                    for images, pixels in _blocks_of_pixels(x):
+                        out = torch.mul(x[images, :, pixels], b[images, :, pixels], out=gradient[images, :, pixels])
+                        out.baddbmm_(left[images].mT, by_pixel[images, :, pixels])
+                else:
+                    for channels in _blocks_of_channels(x):
+                        out = torch.addcmul(by_pixel[:, -1:], x[:, channels], b, out=gradient[:, channels])
+                        if left.shape[1] == 2:
+                            out.addcmul_(left[:, :1, channels].mT, by_pixel[:, :1])
+                        else:
+                            out.baddbmm_(left[:, :-1, channels].mT, by_pixel[:, :-1])
+                if gradient is not target:
                     target.copy_(gradient)
         return (
             grad_features,
@@ -163,33 +146,51 @@ def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(top * width, bottom * width), image_features[:, :, top:bottom].flatten(2).to(dtype)
 
 
-def _blocks(
-    maps: tuple[Tensor, ...], by_channel: tuple[Tensor, ...], by_pixel: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the blocks of ``[b, d, pixels]`` maps, with those of tensors ``[b, k, d]`` and ``[b, k, pixels]``.
+def _of_planes(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return products of pixels and directions ``[b, m, pixels]``, means and variances ``[b, 1, pixels]``."""
+    averaging = directions.new_full((len(x), 1, x.shape[1]), 1 / x.shape[1])
+    sums = torch.bmm(torch.cat([directions, averaging], 1), x)
+    products, mean = sums[:, :-1], sums[:, -1:]
+    # On its own, as a product that is added to part of a tensor can take several times as long.
+    variance = torch.zeros_like(mean, memory_format=torch.contiguous_format)
+    memory = x.new_empty(0)
+    for channels in _blocks_of_channels(x):
+        block = x[:, channels]
+        # (x - mean)^2 in one pass and into memory that is there already, which no public name offers.
+        out = memory.resize_(block.shape)
+        squares = torch.ops.aten.mse_loss.out(block, mean.expand_as(block), 0, out=out)
+        variance.baddbmm_(averaging[:, :, channels], squares)
+    return products, mean, variance
 
-    A block is a range of channels; where the channels of a pixel lie side by side, it is a range of the pixels of one
-    image, or a few small images.
-    """
-    n_images, n_channels, n_pixels = maps[0].shape
-    if maps[0].stride(1) != 1:
-        step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
-        yield from zip(
-            *(torch.split(m, step, 1) for m in maps),
-            *(torch.split(c, step, 2) for c in by_channel),
-            *map(itertools.repeat, by_pixel),
-            strict=False,
-        )
-        return
+
+def _of_neighbours(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same where the channels of a pixel lie side by side."""
+    # Tall with few columns, which is the quicker way round.
+    products = torch.bmm(x.mT, directions.mT)
+    mean, norm = x.new_empty(2, len(x), x.shape[2], 1)
+    memory = x.new_empty(0)
+    for images, pixels in _blocks_of_pixels(x):
+        block = x.mT[images, pixels]
+        of_block = torch.mean(block, 2, keepdim=True, out=mean[images, pixels])
+        deviations = torch.sub(block, of_block, out=memory.resize_(block.shape))
+        norm[images, pixels] = torch.linalg.vector_norm(deviations, dim=2, keepdim=True)
+    return products.mT, mean.mT, norm.square_().div_(x.shape[1]).mT
+
+
+def _blocks_of_pixels(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the images and pixels of blocks of ``[b, d, pixels]``: pixels of one image, or some small images."""
+    n_images, n_channels, n_pixels = x.shape
     n_together, step = max(1, _BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, _BLOCK_ELEMENTS // n_channels)
-    for group in zip(*(torch.split(tensor, n_together) for tensor in (*maps, *by_channel, *by_pixel)), strict=True):
-        first, last = len(maps), len(maps) + len(by_channel)
-        yield from zip(
-            *(torch.split(m, step, 2) for m in group[:first]),
-            *map(itertools.repeat, group[first:last]),
-            *(torch.split(p, step, 2) for p in group[last:]),
-            strict=False,
-        )
+    for image in range(0, n_images, n_together):
+        for pixel in range(0, n_pixels, step):
+            yield slice(image, image + n_together), slice(pixel, pixel + step)
+
+
+def _blocks_of_channels(x: Tensor) -> Iterator[slice]:
+    """Yield the channels of blocks of ``[b, d, pixels]``."""
+    n_images, n_channels, n_pixels = x.shape
+    step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
+    return (slice(channel, channel + step) for channel in range(0, n_channels, step))
 
 
 def _empty_gradient(image_features: Tensor) -> Tensor:
