@@ -10,8 +10,9 @@ With P_ij = prod_k K^k_ij^2 for i != j, C_ij = P_ij / K^k_ij (as a product), s_i
     polynomial:  A_ij = C_ij degree (x_i . x_j + offset)^(degree - 1) r_i r_j       b_i = degree / (|x_i|^2 + offset)
     RBF:         A_ij = P_ij / bandwidth^2                                          b_i = 1 / bandwidth^2
 
-Blocks of rows meet all rows, so that no n x n matrix is made; the gradient computes the blocks again. Products are
-summed in fp32 (fp64 for fp64), blocks in fp64. First derivatives only.
+Blocks of rows meet all rows up to their own, as the rest is the same by symmetry, so that no n x n matrix is made; the
+gradient computes the blocks again. Products are summed in fp32 (fp64 for fp64), the blocks of the value in fp64. First
+derivatives only.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> 
     Raises:
         NotImplementedError: a second derivative is asked for.
 
-    Cost: O(n^2 sum_k d_k) products, three times that with the gradient; extra memory for a few blocks and 2 n numbers
-    per variable.
+    Cost: O(n^2 sum_k d_k) products, four times that with the gradient; extra memory for a few blocks and 2 n numbers
+    per variable, and the gradient in fp32.
 
     """
     moment: Tensor = _GramMoment.apply(tuple(kernels), *features)  # type: ignore[no-untyped-call]
@@ -75,20 +76,27 @@ class _GramMoment(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
-            grads = [torch.empty_like(x) if need else None for x, need in zip(features, needed, strict=True)]
+            grads = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
+            row_sums = torch.zeros_like(variables[0].norms)
             for block in _blocks(len(features[0])):
-                values = _values(variables, block, len(features[0]))
-                row_sums = _off_diagonal_squares(values, block).sum(1, keepdim=True)
+                before = slice(block.start)
+                values = _values(variables, block, block.stop)
+                squares = _off_diagonal_squares(values, block)
+                row_sums[block] += squares.sum(1)
+                row_sums[before] += squares[:, before].sum(0)
                 for k, (variable, grad) in enumerate(zip(variables, grads, strict=True)):
                     if grad is not None:
                         others = [value for index, value in enumerate(values) if index != k]
-                        weights = _without_diagonal(variable.slope(values[k], block), block)
+                        weights = _without_diagonal(variable.slope(values[k], block, block.stop), block)
                         for other in others:
                             weights *= other.square()
-                        x = variable.rows
-                        of_block = weights @ x - row_sums * variable.self_slope(block) * x[block]
-                        grad[block] = (4 * grad_moment * of_block).to(grad.dtype)
-        return None, *grads
+                        grad[block].addmm_(weights, variable.rows[: block.stop])
+                        grad[before].addmm_(weights[:, before].mT, variable.rows[block])
+            for variable, grad in zip(variables, grads, strict=True):
+                if grad is not None:
+                    grad.addcmul_(row_sums[:, None] * variable.self_slope(), variable.rows, value=-1)
+                    grad.mul_(4 * grad_moment)
+        return None, *(None if grad is None else grad.to(x.dtype) for x, grad in zip(features, grads, strict=True))
 
 
 class Variable(NamedTuple):
@@ -117,22 +125,22 @@ class Variable(NamedTuple):
         values = products if name == "linear" else (products + scale) ** degree
         return values * self.inverse[block, None] * self.inverse[:stop]
 
-    def slope(self, values: Tensor, block: slice) -> Tensor:
+    def slope(self, values: Tensor, block: slice, stop: int) -> Tensor:
         """Return K dK/d(x_i . x_j), up to the parts that :meth:`self_slope` has."""
         name, scale, degree = self.kernel
         if name == "rbf":
             return values.square() / scale**2
-        scales = self.inverse[block, None] * self.inverse
+        scales = self.inverse[block, None] * self.inverse[:stop]
         if name == "linear":
             return values * scales
-        return degree * values * (self.rows[block] @ self.rows.mT + scale) ** (degree - 1) * scales
+        return degree * values * (self.rows[block] @ self.rows[:stop].mT + scale) ** (degree - 1) * scales
 
-    def self_slope(self, block: slice) -> Tensor:
-        """Return what a row sum of squares takes from a row itself, ``[block, 1]``."""
+    def self_slope(self) -> Tensor:
+        """Return what its row sum of squares takes from a row itself, ``[n, 1]``."""
         name, scale, degree = self.kernel
         if name == "rbf":
-            return torch.full_like(self.norms[block, None], 1 / scale**2)
-        return degree * (self.inverse[block, None] ** (2 / degree))
+            return torch.full_like(self.norms[:, None], 1 / scale**2)
+        return degree * (self.inverse[:, None] ** (2 / degree))
 
 
 def prepare(x: Tensor, kernel: SampleKernel) -> Variable:
