@@ -3,8 +3,9 @@
     python -m benchmarks.kernels --out benchmarks/results/kernels_cpu.csv --picture kernels.png
     python -m benchmarks.kernels --device cuda --dtype float32 bfloat16 --batches 4 16 64 --out kernels_cuda.csv
 
-An implementation whose value or gradient is off is not timed. ``of_copy`` says how near a row comes to what the memory
-allows: the time that a plain copy takes for the same bytes, at the least traffic an operation needs, by its own time.
+An implementation whose value or gradient is further from fp64 than rounding allows is not timed. In half precision the
+loss runs under autocast, as users run it. ``of_copy`` says how near a row comes to what the memory allows: the time
+that a plain copy takes for the same bytes, at the least traffic an operation needs, by its own time.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Case(NamedTuple):
         functions: by provider, functions of ``leaves`` with one value.
         leaves: what is differentiated; the first is the largest.
         passes: of the largest leaf through memory, at least, by pass; empty where products bound the operation.
+        wide: returns the same case in fp64.
 
     """
 
@@ -54,6 +56,7 @@ class Case(NamedTuple):
     functions: dict[str, Callable[..., Tensor]]
     leaves: list[Tensor]
     passes: dict[str, int]
+    wide: Callable[[], Case]
 
 
 def cases(batches: list[int], samples: list[int], dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -64,26 +67,33 @@ def cases(batches: list[int], samples: list[int], dtype: torch.dtype, device: st
         yield moment_case(n, dtype, device)
 
 
-def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str) -> Iterator[Case]:
+def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str, *, wide: bool = False) -> Iterator[Case]:
     torch.manual_seed(0)
-    relation = RelationModule(DIM).to(device)
+    # What is computed in fp64 is of the rounded inputs.
+    features, others = (torch.float64, torch.float64) if wide else (dtype, torch.float32)
+    relation = RelationModule(DIM).to(device, others)
     teacher, student = (
-        SAMFeatures(*(value.to(device) for value in make_features(batch, layout, dtype)[:2])) for _ in range(2)
+        SAMFeatures(*(value.to(device, features) for value in make_features(batch, layout, dtype)[:2]))
+        for _ in range(2)
     )
     x, tokens = (value.requires_grad_() for value in student[:2])
-    directions = torch.randn(batch, 1, DIM, device=device, requires_grad=True)
+    directions = torch.randn(batch, 1, DIM).to(device, others).requires_grad_()
     sizes = {"layout": layout, "b": batch, "d": DIM, "h": HEIGHT, "w": WIDTH}
 
     def textbook_scores(x: Tensor, directions: Tensor) -> Tensor:
-        pixels = x.float().flatten(2).mT
+        pixels = at_least_float(x).flatten(2).mT
         return directions @ torch.nn.functional.layer_norm(pixels, (DIM,)).mT
 
     def textbook_gram(x: Tensor) -> Tensor:
-        rows = x.flatten(1).float()
+        rows = at_least_float(x.flatten(1))
         return rows @ rows.mT
 
     def loss(function: Callable[..., object], x: Tensor, tokens: Tensor, *_: Tensor) -> Tensor:
-        return function(relation, teacher, SAMFeatures(x, tokens)).loss
+        with torch.autocast(device, x.dtype, enabled=x.dtype.itemsize == 2):
+            return function(relation, teacher, SAMFeatures(x, tokens)).loss
+
+    def in_fp64(op: str) -> Case:
+        return next(case for case in map_cases(batch, layout, dtype, device, wide=True) if case.op == op)
 
     yield Case(
         "relation_scores",
@@ -91,9 +101,15 @@ def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str) -> Itera
         implementations(textbook_scores, relation_scores),
         [x, directions],
         {"forward": 1, "forward+backward": 3},
+        partial(in_fp64, "relation_scores"),
     )
     yield Case(
-        "batch_gram", sizes, implementations(textbook_gram, batch_gram), [x], {"forward": 1, "forward+backward": 3}
+        "batch_gram",
+        sizes,
+        implementations(textbook_gram, batch_gram),
+        [x],
+        {"forward": 1, "forward+backward": 3},
+        partial(in_fp64, "batch_gram"),
     )
     functions = {"textbook": textbook.infosam_terms, "textbook compiled": compiled(textbook.infosam_terms)}
     functions |= {impl: partial(infosam_terms, impl=impl) for impl in ("reference", "triton")}
@@ -104,18 +120,24 @@ def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str) -> Itera
         {name: partial(loss, function) for name, function in functions.items()},
         [x, tokens, *relation.parameters()],
         {"forward": 2, "forward+backward": 4},
+        partial(in_fp64, "infosam_terms"),
     )
 
 
-def moment_case(n: int, dtype: torch.dtype, device: str) -> Case:
+def at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def moment_case(n: int, dtype: torch.dtype, device: str, *, wide: bool = False) -> Case:
     torch.manual_seed(0)
     # With something in common, as features have: without, the moment is all but its diagonal, which has no gradient.
-    features = [(torch.randn(n, DIM) + torch.randn(1, DIM)).to(device, dtype).requires_grad_() for _ in range(3)]
+    features = [(torch.randn(n, DIM) + torch.randn(1, DIM)).to(device, dtype) for _ in range(3)]
+    features = [(x.double() if wide else x).requires_grad_() for x in features]
 
     def of_grams(*features: Tensor) -> Tensor:
         squares = torch.ones((), device=device)
         for x in features:
-            unit = torch.nn.functional.normalize(x.float(), dim=1)
+            unit = torch.nn.functional.normalize(at_least_float(x), dim=1)
             squares = squares * (unit @ unit.mT).square()
         return squares.sum()
 
@@ -126,7 +148,8 @@ def moment_case(n: int, dtype: torch.dtype, device: str) -> Case:
     functions |= {impl: partial(package, impl=impl) for impl in ("reference", "triton")}
     if importlib.util.find_spec("pykeops"):
         functions["keops"] = keops_moment
-    return Case("gram_moment", {"n": n, "d": DIM, "variables": 3}, functions, features, {})
+    sizes = {"n": n, "d": DIM, "variables": 3}
+    return Case("gram_moment", sizes, functions, features, {}, partial(moment_case, n, dtype, device, wide=True))
 
 
 def keops_moment(*features: Tensor) -> Tensor:
@@ -182,41 +205,50 @@ def runs_of(case: Case, which: str) -> dict[str, measure.Run]:
     }
 
 
-def agreeing(runs: dict[str, measure.Run], dtype: torch.dtype) -> dict[str, measure.Run]:
-    """Return the runs that work and agree to rounding with the textbook's; say of the others why not.
+def exact_values(case: Case, which: str) -> tuple[Tensor, ...]:
+    """Return the textbook's value and gradients in fp64 or, where its matrices do not fit, the reference's as it is."""
+    try:
+        return values_of(runs_of(case.wide(), which)["textbook"])
+    except (MemoryError, RuntimeError):
+        return values_of(runs_of(case, which)["reference"])
 
-    Where the textbook's does not run, because its matrices do not fit in memory, the reference is what the others must
-    agree with.
+
+def values_of(run: measure.Run) -> tuple[Tensor, ...]:
+    value = run()
+    return tuple(part.detach().cpu() for part in (value if isinstance(value, tuple) else (value,)))
+
+
+def agreeing(case: Case, which: str, dtype: torch.dtype) -> dict[str, measure.Run]:
+    """Return the runs that work and are right to rounding; say of the others why not.
+
+    Right is what comes as near to fp64 as 5e-5 of the scale (.05 in half precision), or as twice the textbook's error:
+    sums over a million pixels cost it the digits.
     """
-    values, kept = {}, {}
+    exact = exact_values(case, which)
+    # Parameter gradients on the scale of the largest: that of a bias can be zero up to rounding.
+    scales = [value.abs().max().item() for value in exact]
+    largest = max(scales[3:], default=0.0)
+    runs, errors = runs_of(case, which), {}
     for name, run in runs.items():
         try:
-            value = run()
+            values = values_of(run)
         except Exception as error:
             print(f"    {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             continue
-        values[name] = tuple(part.detach().cpu() for part in (value if isinstance(value, tuple) else (value,)))
-        del value
-    expected = values["textbook" if "textbook" in values else "reference"]
-    # Parameter gradients on the scale of the largest: that of a bias can be zero up to rounding.
-    scales = [value.abs().max().item() for value in expected]
-    largest = max(scales[3:], default=0.0)
-    allowed = 5e-5 if dtype == torch.float32 else 0.05
-    for name, actual in values.items():
-        errors = [
-            (a.float() - e.float()).abs().max().item() / max(scale, largest if index > 2 else 0.0)
-            for index, (a, e, scale) in enumerate(zip(actual, expected, scales, strict=True))
-        ]
-        if max(errors) < allowed:
-            kept[name] = runs[name]
-        else:
-            print(f"    {name} is off by {max(errors):.1e} of the scale and is not timed")
-    return kept
+        errors[name] = max(
+            (a.double() - e).abs().max().item() / max(scale, largest if index > 2 else 0.0)
+            for index, (a, e, scale) in enumerate(zip(values, exact, scales, strict=True))
+        )
+    allowed = max(5e-5 if dtype == torch.float32 else 0.05, 2 * errors.get("textbook", 0.0))
+    for name, error in errors.items():
+        if not error < allowed:
+            print(f"    {name} is off by {error:.1e} of the scale and is not timed")
+    return {name: runs[name] for name, error in errors.items() if error < allowed}
 
 
 def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment: dict) -> list[dict]:
     device = case.leaves[0].device.type
-    runs = agreeing(runs_of(case, which), dtype)
+    runs = agreeing(case, which, dtype)
     with_copy = {**runs, "copy": partial(torch.clone, case.leaves[0].detach())}
     samples = measure.interleaved_ms(with_copy, trials, device)
     times = {name: measure.percentiles(values) for name, values in samples.items()}

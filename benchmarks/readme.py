@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.segmentation.rows import read
@@ -28,9 +29,7 @@ def loss_table(rows: list[dict[str, str]]) -> str:
             )
             memory = f"{float(row['peak_mib']):.0f} of {float(textbook['peak_mib']):.0f} MiB"
             lines.append(f"| {batch} | {LAYOUTS[layout]} | {times} | {memory} |")
-    last = rows[-1]
-    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}"
-    return "\n".join([*lines, "", f"Measured on {where}."])
+    return "\n".join([*lines, "", f"Measured on {where(newest.values())}."])
 
 
 def kernels_table(rows: list[dict[str, str]]) -> str:
@@ -44,9 +43,7 @@ def kernels_table(rows: list[dict[str, str]]) -> str:
         times = [f"{float(of_setting[p]['ms_p50']):.1f} ms" if p in of_setting else "" for p in providers]
         own, textbook = (float(of_setting[p]["peak_mib"]) for p in ("reference", "textbook"))
         lines.append(f"| {setting} | {' | '.join(times)} | {own:.0f} of {textbook:.0f} MiB |")
-    last = rows[-1]
-    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}"
-    return "\n".join([*lines, "", f"Measured on {where}."])
+    return "\n".join([*lines, "", f"Measured on {where(newest.values())}."])
 
 
 def teachers_table(rows: list[dict[str, str]]) -> str:
@@ -61,8 +58,14 @@ def teachers_table(rows: list[dict[str, str]]) -> str:
             lines.append(f"| {name} | {steps} | {own:.3f} s | {100 * own / bare:.1f} % |")
     last = rows[-1]
     setting = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
-    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}"
-    return "\n".join([*lines, "", f"{setting}. Measured on {where}."])
+    return "\n".join([*lines, "", f"{setting}. Measured on {where(newest.values())}."])
+
+
+def where(rows: Iterable[dict[str, str]]) -> str:
+    """Return on what the rows were measured, and at which commits."""
+    rows = list(rows)
+    devices = dict.fromkeys(f"{r['device']}, {r['threads']} threads, torch {r['torch']}" for r in rows)
+    return f"{' and '.join(devices)}, commit {' and '.join(dict.fromkeys(r['commit'] for r in rows))}"
 
 
 def label(row: dict[str, str]) -> str:

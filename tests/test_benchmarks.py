@@ -41,11 +41,35 @@ def test_what_is_wrong_or_fails_is_not_timed(case, capsys):
         raise RuntimeError("no such device\nand more")
 
     functions = case.functions | {"off": lambda *x: 1.001 * case.functions["textbook"](*x), "fails": fails}
-    runs = kernels.agreeing(kernels.runs_of(case._replace(functions=functions), "forward+backward"), torch.float32)
+    runs = kernels.agreeing(case._replace(functions=functions), "forward+backward", torch.float32)
     assert set(runs) == {"textbook", "reference"}
     said = capsys.readouterr().out
     assert "off is off by 1.0e-03 of the scale and is not timed" in said
     assert "fails does not run here: RuntimeError: no such device\n" in said
+
+
+def test_what_is_nearer_to_fp64_than_the_textbook_is_timed(case, capsys):
+    functions = case.functions | {"textbook": lambda *x: 1.0001 * case.functions["textbook"](*x)}
+    functions["off"] = lambda *x: 1.001 * case.functions["reference"](*x)
+    assert set(kernels.agreeing(case._replace(functions=functions), "forward", torch.float32)) == {
+        "textbook",
+        "reference",
+    }
+    assert "off is off by 1.0e-03 of the scale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["relation_scores", "batch_gram", "infosam_terms"])
+def test_the_truth_is_in_fp64_and_of_the_same_inputs(op, monkeypatch):
+    monkeypatch.setattr(kernels, "HEIGHT", 9)
+    case = next(case for case in kernels.map_cases(3, "channels_last", torch.float16, "cpu") if case.op == op)
+    exact = kernels.exact_values(case, "forward+backward")
+    runs = kernels.runs_of(case, "forward+backward")
+    for value, wanted in zip(runs["reference"](), exact, strict=True):
+        assert wanted.dtype == torch.float64
+        # Gradients of the map are rounded to its fp16.
+        assert (value.double() - wanted).abs().max() < 1e-3 * exact[1].abs().max().clamp(min=wanted.abs().max())
+    case = case._replace(functions={name: case.functions[name] for name in ("textbook", "reference")})
+    assert set(kernels.agreeing(case, "forward+backward", torch.float16)) == {"textbook", "reference"}
 
 
 def test_where_the_textbook_does_not_fit_the_reference_is_the_measure(case, capsys):
@@ -53,7 +77,10 @@ def test_where_the_textbook_does_not_fit_the_reference_is_the_measure(case, caps
         raise torch.OutOfMemoryError("three matrices")
 
     functions = case.functions | {"textbook": too_large, "off": lambda *x: 1.001 * case.functions["reference"](*x)}
-    rows = kernels.rows_of(case._replace(functions=functions), "forward", torch.float32, 2, measure.environment())
+    wide = case.wide()
+    wide = wide._replace(functions=wide.functions | {"textbook": too_large})
+    case = case._replace(functions=functions, wide=lambda: wide)
+    rows = kernels.rows_of(case, "forward", torch.float32, 2, measure.environment())
     assert [row["provider"] for row in rows] == ["reference"]
     assert math.isnan(rows[0]["speed_up"])
     said = capsys.readouterr().out
