@@ -1,5 +1,6 @@
 """The InfoSAM loss for fine-tuning Segment Anything models, and the matrix-based Rényi entropies behind it."""
 
+from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
 from renyi_kd.features import SAMFeatures
@@ -9,7 +10,7 @@ from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
 from renyi_kd.moments import mutual_information_of, renyi_entropy_of
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap, tap
-from renyi_kd.teacher import AdapterDisabled, CachedTeacher, Teacher
+from renyi_kd.teacher import AdapterDisabled, Teacher
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
@@ -16,7 +17,7 @@ from renyi_kd.kernels.infosam_loss import infosam_loss
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
-from renyi_kd.teacher import CachedTeacher, Teacher
+from renyi_kd.teacher import Teacher
 
 Token = Literal["first", "all"] | int
 

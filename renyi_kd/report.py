@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from renyi_kd.cached_teacher import encoder_of
 from renyi_kd.families import Decoder, find_decoders
 from renyi_kd.places import plain
 from renyi_kd.running import evaluating
 from renyi_kd.tap import Call, Tap, tap
-from renyi_kd.teacher import encoder_of
 
 # Tokens beside those of the masks, and where the decoder puts them; SAM 2 puts the object score first.
 _BEFORE_IOU = {"obj_score_token": "object score"}
