@@ -4,9 +4,10 @@ from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
 from renyi_kd.features import SAMFeatures
+from renyi_kd.functional import InfoSAMTerms, infosam_terms
 from renyi_kd.gram import gram_matrix
 from renyi_kd.kernels.dispatch import Implementation, implementation
-from renyi_kd.loss import InfoSAMLoss, InfoSAMTerms, infosam_terms
+from renyi_kd.loss import InfoSAMLoss
 from renyi_kd.moments import mutual_information_of, renyi_entropy_of
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap, tap

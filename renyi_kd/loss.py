@@ -1,9 +1,8 @@
-"""The InfoSAM loss: compress the relation of the frozen teacher, and carry it to the student."""
+"""The InfoSAM loss as a module, which takes its features from the taps of teacher and student."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,123 +10,15 @@ from torch import Tensor, nn
 from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
-from renyi_kd.features import SAMFeatures, check_features, image_of_samples
+from renyi_kd.features import SAMFeatures, check_features
+from renyi_kd.functional import InfoSAMTerms, check_distillation, check_weights, relation_terms
 from renyi_kd.kernels.dispatch import Impl, resolve
-from renyi_kd.kernels.infosam_loss import infosam_loss
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.relation import RelationModule
 from renyi_kd.tap import Tap
 from renyi_kd.teacher import Teacher
 
 Token = Literal["first", "all"] | int
-
-
-class InfoSAMTerms(NamedTuple):
-    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
-
-    Attributes:
-        loss: ``lambda_r * compression + lambda_d * distillation``.
-        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
-        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, the
-            Cauchy-Schwarz divergence of their Grams, which is 0 where they are equal and positive elsewhere.
-
-    """
-
-    loss: Tensor
-    compression: Tensor
-    distillation: Tensor
-
-
-def infosam_terms(
-    relation: RelationModule,
-    teacher: SAMFeatures,
-    student: SAMFeatures,
-    *,
-    lambda_r: float = 1.0,
-    lambda_d: float = 0.5,
-    alpha: float = 2.0,
-    distillation: Distillation = "mutual_information",
-    detach_teacher_relation: bool = False,
-    check_finite: bool = False,
-    impl: Impl = "auto",
-) -> InfoSAMTerms:
-    r"""Return the InfoSAM loss of a batch and its two terms, in bits.
-
-    With S the Rényi entropy of order alpha over the s samples (image, prompt) of the batch, R the relation maps and
-    Z_I, Z_M the teacher's image features and mask tokens:
-
-        L_r = S(R_T) - S(Z_I, Z_M, R_T)        L_d = -I(R_T; R_S)        loss = lambda_r L_r + lambda_d L_d
-
-    The relation module gets gradients through both relations, as in the paper; the teacher's features get none. The
-    loss couples all samples: that of a split batch is another loss, and needs at least two samples. L_d does not pull
-    the student onto the teacher's relations: its minimum over the student has mutually orthogonal ones.
-
-    What does is not in the paper: under ``distillation="cauchy_schwarz"``, L_d is the Cauchy-Schwarz divergence of the
-    relations' Grams at unit diagonal, G_T and G_S:
-
-        L_d = -log2(<G_T, G_S>^2 / (||G_T||_F^2 ||G_S||_F^2))
-
-    It is symmetric; not negative but for rounding; zero, without gradient, exactly where the Grams are equal, even if
-    both have collapsed; not blind to signs; and independent of alpha, which then orders L_r alone. Orthogonal Grams
-    (two samples that are alike to the teacher and opposite to the student) would make it infinite: where
-    <G_T, G_S> < 2^-20 s, which is nowhere below 40 bits, the logarithm goes on along its tangent, so that
-    L_d < 43 + 2 log2 s and every gradient is finite.
-
-    Args:
-        relation: the module that teacher and student share.
-        teacher: its :class:`SAMFeatures`.
-        student: likewise, of the same shapes and the same ``image_index``.
-        lambda_r: weight of L_r.
-        lambda_d: weight of L_d.
-        alpha: order of the entropies, in (0, inf]; the paper's is 2.
-        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
-        detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
-        check_finite: whether to look for NaN and inf first; waits for the device.
-        impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
-
-    Returns:
-        :class:`InfoSAMTerms` in fp32, or fp64 if any feature is. First derivatives only.
-
-    Raises:
-        TypeError: a feature is not a floating-point tensor.
-        ValueError: shapes, devices or indices do not fit, there are fewer than two samples, nothing of the student
-            requires grad (while gradients are on), an argument is out of its range, or, under ``check_finite``, a
-            feature is not finite.
-
-    Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
-    blocks, nothing of a map's size but the gradient.
-
-    Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920), whose loss is the default.
-
-    >>> relation = RelationModule(8)
-    >>> teacher = SAMFeatures(torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8))
-    >>> student = SAMFeatures(torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8))
-    >>> infosam_terms(relation, teacher, student).loss.backward()
-    >>> bool(infosam_terms(relation, teacher, student, distillation="cauchy_schwarz").distillation > 0)
-    True
-
-    """
-    if not isinstance(relation, RelationModule):
-        raise TypeError(
-            f"infosam_terms: relation must be a RelationModule, got {type(relation).__name__}; "
-            "of an InfoSAMLoss it is infosam_loss.relation"
-        )
-    _check_weights("infosam_terms", lambda_r, lambda_d)
-    check_features("infosam_terms", "teacher", teacher)
-    check_features("infosam_terms", "student", student)
-    terms, _ = _relation_terms(
-        relation,
-        teacher,
-        student,
-        lambda_r=lambda_r,
-        lambda_d=lambda_d,
-        alpha=alpha,
-        distillation=distillation,
-        detach_teacher_relation=detach_teacher_relation,
-        check_finite=check_finite,
-        impl=impl,
-    )
-    return terms
 
 
 class InfoSAMLoss(nn.Module):
@@ -171,9 +62,9 @@ class InfoSAMLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        _check_weights("InfoSAMLoss", lambda_r, lambda_d)
+        check_weights("InfoSAMLoss", lambda_r, lambda_d)
         check_alpha("InfoSAMLoss", alpha)
-        _check_distillation("InfoSAMLoss", distillation)
+        check_distillation("InfoSAMLoss", distillation)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
         resolve(impl)
@@ -239,7 +130,7 @@ class InfoSAMLoss(nn.Module):
             teacher_features = teacher.observe(*batches, ids_from=batches if batch is None else (batch,))
         else:
             teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
-        terms, self._relation_grams = _relation_terms(
+        terms, self._relation_grams = relation_terms(
             self.relation,
             _with_token("teacher", teacher_features, self.token),
             _with_token("student", student_features, self.token),
@@ -288,43 +179,6 @@ class InfoSAMLoss(nn.Module):
         )
 
 
-def _relation_terms(
-    relation: RelationModule,
-    teacher: SAMFeatures,
-    student: SAMFeatures,
-    *,
-    lambda_r: float,
-    lambda_d: float,
-    alpha: float,
-    distillation: Distillation,
-    detach_teacher_relation: bool,
-    check_finite: bool,
-    impl: Impl,
-) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
-    """Return the loss with its terms, and the Grams of both relations."""
-    _check_distillation("infosam_terms", distillation)
-    images = _common_images(teacher, student)
-    if check_finite:
-        _check_finite(teacher, student)
-    terms = infosam_loss(
-        teacher.image_features,
-        student.image_features,
-        teacher.mask_tokens,
-        student.mask_tokens,
-        relation.weights_for(student.mask_tokens),
-        images,
-        token_eps=relation.layer_norm_mask.eps,
-        feature_eps=relation.layer_norm_feat.eps,
-        lambda_r=lambda_r,
-        lambda_d=lambda_d,
-        alpha=alpha,
-        distillation=distillation,
-        detach_teacher=detach_teacher_relation,
-        impl=impl,
-    )
-    return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
-
-
 def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
     check_features("infosam_terms", name, features)
     if token == "all":
@@ -336,67 +190,3 @@ def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
             f"{features.mask_tokens.shape[1]} tokens; 'first' and 'all' always exist"
         )
     return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
-
-
-def _check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
-    for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
-        # By comparison, as torch.compile traces no math.isfinite of a number that it takes as dynamic.
-        if not isinstance(value, float | int) or not abs(value) < math.inf:
-            raise ValueError(f"{function}: {name} must be a finite number, got {value!r}; 0 switches the term off")
-
-
-def _check_distillation(function: str, distillation: Distillation) -> None:
-    if distillation not in get_args(Distillation):
-        raise ValueError(
-            f"{function}: distillation must be one of {get_args(Distillation)}, got {distillation!r}; "
-            "'mutual_information' is the paper's"
-        )
-
-
-def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:
-    """Return the image of each sample, the same for both; raise if teacher and student do not fit each other."""
-    for member in ("image_features", "mask_tokens"):
-        of_teacher, of_student = getattr(teacher, member), getattr(student, member)
-        if of_teacher.shape != of_student.shape:
-            raise ValueError(
-                f"infosam_terms: {member} of teacher and student must have one shape, got {tuple(of_teacher.shape)} "
-                f"and {tuple(of_student.shape)}; run both on the same images and prompts at one size, and call "
-                "clear() on the student's tap after a step whose loss was skipped"
-            )
-        if of_teacher.device != of_student.device:
-            raise ValueError(
-                f"infosam_terms: {member} of teacher and student must be on one device, got {of_teacher.device} and "
-                f"{of_student.device}; move one of the models"
-            )
-    n_samples = len(student.mask_tokens)
-    if n_samples == 1:
-        raise ValueError(
-            "infosam_terms: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
-            "gradient would be zero; use a larger batch, several prompts per image, or run the student through its "
-            "tap on several batches before the loss"
-        )
-    if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
-        raise ValueError(
-            "infosam_terms: the student's features must require grad, got features without gradient; run the student "
-            "without torch.no_grad, with parameters that are trained, or compute the loss under torch.no_grad"
-        )
-    images = image_of_samples("infosam_terms", "teacher", teacher)
-    if images != image_of_samples("infosam_terms", "student", student):
-        raise ValueError(
-            "infosam_terms: image_index of teacher and student must be the same, got different samples; "
-            "run both on the same images and prompts, in the same order"
-        )
-    return images
-
-
-def _check_finite(teacher: SAMFeatures, student: SAMFeatures) -> None:
-    for name, features in (("teacher", teacher), ("student", student)):
-        for member in ("image_features", "mask_tokens"):
-            value = getattr(features, member)
-            finite = value.detach().isfinite().flatten(1).all(1)
-            if not finite.all():
-                raise ValueError(
-                    f"infosam_terms: {name}.{member} must be finite, got NaN or inf in rows "
-                    f"{(~finite).nonzero().flatten().tolist()} of {len(finite)}; skip the step, lower the learning "
-                    "rate, or run that model in fp32"
-                )
