@@ -38,10 +38,11 @@ from tests.test_relation_directions import textbook as textbook_directions
 from tests.test_relation_directions import value_and_gradients as of_directions
 
 batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
+import renyi_kd.kernels.infosam_terms.triton  # noqa: E402, F401  (its operators are known from here on)
 from renyi_kd.kernels.gram_moment import triton as gram_moment_triton  # noqa: E402
 from renyi_kd.kernels.infosam_loss import teacher_pass  # noqa: E402
 from renyi_kd.kernels.infosam_loss import triton as infosam_loss_triton  # noqa: E402
-from renyi_kd.kernels.infosam_terms import triton as infosam_terms_triton  # noqa: E402
+from renyi_kd.kernels.infosam_terms import passes as infosam_terms_passes  # noqa: E402
 from renyi_kd.kernels.relation_directions import triton as relation_directions_triton  # noqa: E402
 from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
 
@@ -324,7 +325,7 @@ def test_teacher_pass_keeps_nan_where_it_is():
 
 # infosam_terms.
 
-BLOCK_L = infosam_terms_triton.map_blocks(4)["BLOCK_L"]
+BLOCK_L = infosam_terms_passes.map_blocks(4)["BLOCK_L"]
 DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
 SIZES = [
     (2, 1),
@@ -385,7 +386,7 @@ def test_terms_of_relations(size, dtype, form):
 def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, monkeypatch):
     arguments = relations(5, 4 * BLOCK_L + 3)
     expected = terms_of_relations(*arguments, impl="triton")
-    monkeypatch.setattr(infosam_terms_triton, limit, elements)
+    monkeypatch.setattr(infosam_terms_passes, limit, elements)
     for a, e in zip(terms_of_relations(*arguments, impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 

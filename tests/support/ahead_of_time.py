@@ -30,13 +30,14 @@ from renyi_kd.kernels.gram_moment import triton as gram_moment
 from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 from renyi_kd.kernels.infosam_loss import teacher_pass
 from renyi_kd.kernels.infosam_loss import triton as infosam_loss
+from renyi_kd.kernels.infosam_terms import passes as infosam_terms_passes
 from renyi_kd.kernels.infosam_terms import triton as infosam_terms
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.kernels.relation_directions import triton as relation_directions
 from renyi_kd.kernels.relation_directions.weights import RelationWeights
 from renyi_kd.kernels.relation_scores import triton as relation_scores
 
-MODULES = (batch_gram, gram_moment, infosam_terms, relation_directions, relation_scores, teacher_pass)
+MODULES = (batch_gram, gram_moment, infosam_terms_passes, relation_directions, relation_scores, teacher_pass)
 
 
 class Target(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from renyi_kd.kernels.batch_gram import triton as batch_gram
 from renyi_kd.kernels.infosam_loss import teacher_pass
-from renyi_kd.kernels.infosam_terms import triton as infosam_terms
+from renyi_kd.kernels.infosam_terms import passes as infosam_terms
 from renyi_kd.kernels.infosam_terms.terms import Distillation, RelationTerms
 from renyi_kd.kernels.relation_directions import RelationWeights
 from renyi_kd.kernels.relation_directions import triton as relation_directions
