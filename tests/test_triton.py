@@ -44,6 +44,7 @@ from renyi_kd.kernels.infosam_loss import teacher_pass  # noqa: E402
 from renyi_kd.kernels.infosam_loss import triton as infosam_loss_triton  # noqa: E402
 from renyi_kd.kernels.infosam_terms import passes as infosam_terms_passes  # noqa: E402
 from renyi_kd.kernels.relation_directions import triton as relation_directions_triton  # noqa: E402
+from renyi_kd.kernels.relation_scores import reference as relation_scores_reference  # noqa: E402
 from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -661,11 +662,23 @@ def test_other_orders_run_where_they_can():
 # What torch.compile itself does when it traces an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("form", "impl"),
-    [("mutual_information", "triton"), ("cauchy_schwarz", "triton"), ("cauchy_schwarz", "reference")],
+    ("form", "impl", "layout"),
+    [
+        ("mutual_information", "triton", torch.contiguous_format),
+        ("cauchy_schwarz", "triton", torch.contiguous_format),
+        ("cauchy_schwarz", "reference", torch.contiguous_format),
+        ("mutual_information", "reference", torch.channels_last),
+    ],
 )
-def test_the_loss_under_torch_compile(form, impl):
+def test_the_loss_under_torch_compile(form, impl, layout, monkeypatch):
+    # Several blocks, as maps of their real size have.
+    monkeypatch.setattr(relation_scores_reference, "_BLOCK_ELEMENTS", 64)
     teacher, student, relation = setting()
+    teacher, student = (
+        features._replace(image_features=features.image_features.detach().contiguous(memory_format=layout))
+        for features in (teacher, student)
+    )
+    student = in_training(student)
     compiled = torch.compile(
         lambda relation, teacher, student: infosam_terms(relation, teacher, student, distillation=form, impl=impl),
         fullgraph=True,

@@ -108,8 +108,8 @@ class _RelationScores(torch.autograd.Function):
                 b, by_pixel = slope[:, :, part], right[:, :, part]
                 if channels_last:
                     for images, pixels in _blocks_of_pixels(x):
-                        out = torch.mul(x[images, :, pixels], b[images, :, pixels], out=gradient[images, :, pixels])
-                        out.baddbmm_(left[images].mT, by_pixel[images, :, pixels])
+                        out = torch.mul(x.mT[images, pixels], b.mT[images, pixels], out=gradient.mT[images, pixels])
+                        out.baddbmm_(by_pixel.mT[images, pixels], left[images])
                 else:
                     for channels in _blocks_of_channels(x):
                         out = torch.addcmul(by_pixel[:, -1:], x[:, channels], b, out=gradient[:, channels])
@@ -139,7 +139,7 @@ def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
     n_images, n_channels, height, width = image_features.shape
     rows_merge = image_features.stride(2) == width * image_features.stride(3)
     step = height
-    if image_features.dtype != dtype or not rows_merge:
+    if (image_features.dtype != dtype or not rows_merge) and not torch.compiler.is_compiling():
         step = max(1, _BLOCK_ELEMENTS // (n_images * n_channels * width))
     for top in range(0, height, step):
         bottom = min(top + step, height)
@@ -153,12 +153,12 @@ def _of_planes(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     products, mean = sums[:, :-1], sums[:, -1:]
     # On its own, as a product that is added to part of a tensor can take several times as long.
     variance = torch.zeros_like(mean, memory_format=torch.contiguous_format)
-    memory = x.new_empty(0)
+    memory = None
     for channels in _blocks_of_channels(x):
         block = x[:, channels]
+        memory = _memory_for(block, memory)
         # (x - mean)^2 in one pass and into memory that is there already, which no public name offers.
-        out = memory.resize_(block.shape)
-        squares = torch.ops.aten.mse_loss.out(block, mean.expand_as(block), 0, out=out)
+        squares = torch.ops.aten.mse_loss.out(block, mean.expand_as(block), 0, out=memory)
         variance.baddbmm_(averaging[:, :, channels], squares)
     return products, mean, variance
 
@@ -168,19 +168,28 @@ def _of_neighbours(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tenso
     # Tall with few columns, which is the quicker way round.
     products = torch.bmm(x.mT, directions.mT)
     mean, norm = x.new_empty(2, len(x), x.shape[2], 1)
-    memory = x.new_empty(0)
+    memory = None
     for images, pixels in _blocks_of_pixels(x):
         block = x.mT[images, pixels]
+        memory = _memory_for(block, memory)
         of_block = torch.mean(block, 2, keepdim=True, out=mean[images, pixels])
-        deviations = torch.sub(block, of_block, out=memory.resize_(block.shape))
+        deviations = torch.sub(block, of_block, out=memory)
         norm[images, pixels] = torch.linalg.vector_norm(deviations, dim=2, keepdim=True)
     return products.mT, mean.mT, norm.square_().div_(x.shape[1]).mT
+
+
+def _memory_for(block: Tensor, memory: Tensor | None) -> Tensor:
+    """Return the memory of the block before, unless this one is of another size."""
+    return torch.empty_like(block) if memory is None or memory.shape != block.shape else memory
 
 
 def _blocks_of_pixels(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield the images and pixels of blocks of ``[b, d, pixels]``: pixels of one image, or some small images."""
     n_images, n_channels, n_pixels = x.shape
     n_together, step = max(1, _BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, _BLOCK_ELEMENTS // n_channels)
+    if torch.compiler.is_compiling():
+        # The compiler makes its own, and Dynamo writes into no part of a tensor.
+        n_together, step = n_images, n_pixels
     for image in range(0, n_images, n_together):
         for pixel in range(0, n_pixels, step):
             yield slice(image, image + n_together), slice(pixel, pixel + step)
@@ -189,7 +198,7 @@ def _blocks_of_pixels(x: Tensor) -> Iterator[tuple[slice, slice]]:
 def _blocks_of_channels(x: Tensor) -> Iterator[slice]:
     """Yield the channels of blocks of ``[b, d, pixels]``."""
     n_images, n_channels, n_pixels = x.shape
-    step = max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
+    step = n_channels if torch.compiler.is_compiling() else max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
     return (slice(channel, channel + step) for channel in range(0, n_channels, step))
 
 
