@@ -59,12 +59,18 @@ class Case(NamedTuple):
     wide: Callable[[], Case]
 
 
-def cases(batches: list[int], samples: list[int], dtype: torch.dtype, device: str) -> Iterator[Case]:
+def cases(
+    batches: list[int], samples: list[int], dtypes: list[torch.dtype], device: str
+) -> Iterator[tuple[torch.dtype, Case]]:
+    """Yield every case with its dtype; all dtypes of a size first, as the time may end before the sizes do."""
     for batch in batches:
-        for layout in ("channels_first", "channels_last"):
-            yield from map_cases(batch, layout, dtype, device)
+        for dtype in dtypes:
+            for layout in ("channels_first", "channels_last"):
+                for case in map_cases(batch, layout, dtype, device):
+                    yield dtype, case
     for n in samples:
-        yield moment_case(n, dtype, device)
+        for dtype in dtypes:
+            yield dtype, moment_case(n, dtype, device)
 
 
 def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str, *, wide: bool = False) -> Iterator[Case]:
@@ -176,7 +182,9 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 
     def run(*args: object) -> object:
         if not kept:
-            kept.append(torch.compile(function))
+            # Dynamo keeps what it compiled by function: another size would make it compile for all sizes.
+            torch.compiler.reset()
+            kept.append(torch.compile(function, dynamic=False))
         return kept[0](*args)
 
     return run
@@ -235,10 +243,12 @@ def agreeing(case: Case, which: str, dtype: torch.dtype) -> dict[str, measure.Ru
         except Exception as error:
             print(f"    {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             continue
-        errors[name] = max(
-            (a.double() - e).abs().max().item() / max(scale, largest if index > 2 else 0.0)
+        of_values = [
+            (a.double() - e).abs().max() / max(scale, largest if index > 2 else 0.0)
             for index, (a, e, scale) in enumerate(zip(values, exact, scales, strict=True))
-        )
+        ]
+        # Of the tensors, as Python's max passes over NaN.
+        errors[name] = torch.stack(of_values).max().item()
     allowed = max(5e-5 if dtype == torch.float32 else 0.05, 2 * errors.get("textbook", 0.0))
     for name, error in errors.items():
         if not error < allowed:
@@ -324,26 +334,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     environment, rows = measure.environment(args.device), []
     print(f"auto takes: {implementation(torch.ones(1, device=args.device))}")
-    for name in args.dtype:
-        dtype = getattr(torch, name)
-        for case in cases(args.batches, args.samples, dtype, args.device):
-            if args.ops and case.op not in args.ops:
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    for dtype, case in cases(args.batches, args.samples, dtypes, args.device):
+        if args.ops and case.op not in args.ops:
+            continue
+        for which in args.passes:
+            new = rows_of(case, which, dtype, args.trials, environment)
+            if not new:
+                print(f"{case.op}, {which}: nothing to time")
                 continue
-            for which in args.passes:
-                new = rows_of(case, which, dtype, args.trials, environment)
-                rows += new
-                print(f"{label(new[0])}, {which}")
-                for row in new:
-                    of_copy = "" if math.isnan(row["of_copy"]) else f"{row['of_copy']:.0%} of copy"
-                    launches = f"{row['launches']} launches" if row["launches"] else ""
-                    print(
-                        f"    {row['provider']:<18} {row['ms_p50']:>9.2f} ms {row['speed_up']:>6.1f} x "
-                        f"{row['peak_mib']:>8.1f} MiB  {of_copy:<13} {launches}"
-                    )
-                if args.out:
-                    measure.append_rows(args.out, new, COLUMNS)
-    if args.picture:
-        draw(rows, args.picture)
+            rows += new
+            print(f"{label(new[0])}, {which}")
+            for row in new:
+                of_copy = "" if math.isnan(row["of_copy"]) else f"{row['of_copy']:.0%} of copy"
+                launches = f"{row['launches']} launches" if row["launches"] else ""
+                print(
+                    f"    {row['provider']:<18} {row['ms_p50']:>9.2f} ms {row['speed_up']:>6.1f} x "
+                    f"{row['peak_mib']:>8.1f} MiB  {of_copy:<13} {launches}"
+                )
+            # Every time, for the case that this process is stopped.
+            if args.out:
+                measure.append_rows(args.out, new, COLUMNS)
+            if args.picture:
+                draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ COLUMNS = (
 def environment(device: str = "cpu") -> dict[str, object]:
     """Return the columns that describe the machine, the versions and the state of the repository."""
     on_gpu = device == "cuda"
+    commit = _run("git", "rev-parse", "--short=12", "HEAD")
     return {
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
@@ -32,8 +33,9 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "triton": metadata.version("triton") if platform.system() == "Linux" else "",
         "python": platform.python_version(),
-        "commit": _run("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        # Of a copy without its history nobody knows.
+        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")) if commit else "",
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -51,7 +53,8 @@ def interleaved_ms(runs: dict[str, Run], trials: int, device: str = "cpu") -> di
     """Return the median milliseconds of every turn; in turns, so that a drift of the machine meets all runs alike.
 
     A turn is a tenth of a second to warm up, as it finds allocator and caches full of what the other run left, and
-    three tenths that count; at least one call and three calls. On a GPU the device's own clock counts.
+    three tenths that count; at least one call and three calls. On a GPU its own clock counts, and with it the time
+    that it waits for the host where calls are shorter than their launches.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(trials):
@@ -139,5 +142,8 @@ def append_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str
 
 
 def _run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return result.stdout.strip()

@@ -40,11 +40,18 @@ def test_what_is_wrong_or_fails_is_not_timed(case, capsys):
     def fails(*_):
         raise RuntimeError("no such device\nand more")
 
+    def without_gradient(*x):
+        value = case.functions["textbook"](*x)
+        value.register_hook(lambda grad: math.nan * grad)
+        return value
+
     functions = case.functions | {"off": lambda *x: 1.001 * case.functions["textbook"](*x), "fails": fails}
+    functions |= {"without": without_gradient}
     runs = kernels.agreeing(case._replace(functions=functions), "forward+backward", torch.float32)
     assert set(runs) == {"textbook", "reference"}
     said = capsys.readouterr().out
     assert "off is off by 1.0e-03 of the scale and is not timed" in said
+    assert "without is off by nan of the scale and is not timed" in said
     assert "fails does not run here: RuntimeError: no such device\n" in said
 
 
@@ -123,7 +130,8 @@ def test_every_step_runs_whatever_became_of_the_others(is_check, tmp_path, capsy
     for line, words in zip(said, ["passed", "out of time", "not installed", "passed"], strict=True):
         assert words in line
     assert said[0].endswith("5 passed")
-    assert said[1].endswith("begun")
+    assert said[1].endswith("KeyboardInterrupt")
+    assert (tmp_path / "out" / "endless.log").read_text().startswith("begun")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"good.log", "endless.log", "last.log"}
 
 
@@ -141,9 +149,35 @@ def test_what_a_step_has_started_ends_with_it(tmp_path):
     assert not mark.exists()
 
 
+def test_what_a_step_has_seen_by_the_end_of_its_time_is_kept(tmp_path):
+    test = tmp_path / "test_slow.py"
+    test.write_text("import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(60)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(tmp_path / "none.ini"),
+        str(test),
+    ]
+    (tmp_path / "none.ini").write_text("[pytest]\n")
+    assert gpu.run(gpu.Step("tests", command, 3), tmp_path) == "out of time"
+    assert "assert 1 == 2" in (tmp_path / "tests.log").read_text()
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    environment = measure.environment()
+    assert environment["commit"] == ""
+    assert environment["dirty"] == ""
+
+
 def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
     steps = gpu.steps(tmp_path)
-    assert sum(step.seconds for step in steps) <= 480
+    assert sum(step.seconds + gpu._SECONDS_TO_END for step in steps) <= 480
     for step in steps:
         if step.command[2] == "benchmarks.kernels":
             assert kernels.arguments(step.command[3:]).device == "cuda"

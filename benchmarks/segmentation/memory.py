@@ -59,6 +59,8 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, within the limit of this process's control group; None where unknown."""
     if device.type == "cuda":
+        # What PyTorch keeps of the run before is free as well.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():

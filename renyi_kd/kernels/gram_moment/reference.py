@@ -25,8 +25,9 @@ from torch import Tensor
 
 from renyi_kd.kernels.gram_moment.sample_kernel import SampleKernel
 
-# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache.
-_BLOCK_ELEMENTS = 2**18
+# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. On a GPU 64 MiB, as a block takes
+# dozens of launches.
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_ON_GPU = 2**18, 2**24
 
 
 def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> Tensor:
@@ -59,7 +60,7 @@ class _GramMoment(torch.autograd.Function):
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, kernels, strict=True)]
             moment = torch.full((), n_samples, dtype=torch.float64, device=features[0].device)
-            for block in _blocks(n_samples):
+            for block in _blocks(features[0]):
                 # The rest is the same by symmetry.
                 squares = _off_diagonal_squares(_values(variables, block, block.stop), block)
                 moment += squares[:, : block.start].sum(dtype=torch.float64) + squares.sum(dtype=torch.float64)
@@ -78,7 +79,7 @@ class _GramMoment(torch.autograd.Function):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
             grads = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
             row_sums = torch.zeros_like(variables[0].norms)
-            for block in _blocks(len(features[0])):
+            for block in _blocks(features[0]):
                 before = slice(block.start)
                 values = _values(variables, block, block.stop)
                 squares = _off_diagonal_squares(values, block)
@@ -154,8 +155,9 @@ def prepare(x: Tensor, kernel: SampleKernel) -> Variable:
     return Variable(kernel, rows, norms, inverse)
 
 
-def _blocks(n_samples: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // n_samples)
+def _blocks(x: Tensor) -> Iterator[slice]:
+    n_samples, elements = len(x), _BLOCK_ELEMENTS_ON_GPU if x.is_cuda else _BLOCK_ELEMENTS
+    step = max(1, elements // n_samples)
     return (slice(start, min(start + step, n_samples)) for start in range(0, n_samples, step))
 
 
