@@ -49,7 +49,7 @@ def renyi_entropy_of(
         ValueError: shapes or devices do not fit, or an option is out of its range.
         NotImplementedError: a second derivative is asked for.
 
-    Cost: O(n^2 sum_k d_k), about three times that with gradients; memory O(n sum_k d_k), and a few
+    Cost: O(n^2 sum_k d_k), three to four times that with gradients; memory O(n sum_k d_k), and a few
     MiB per variable.
 
     Source: Yu et al., IEEE Trans. PAMI 42 (2019): the joint entropy of several variables.
