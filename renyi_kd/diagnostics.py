@@ -10,13 +10,14 @@ from renyi_kd.entropy import mutual_information, renyi_entropy
 
 
 class RelationDiagnostics(NamedTuple):
-    """State of the relations of one step; each ``[]`` in fp64, without gradient.
+    """State of the relations of one step, of all samples that its loss went over; each ``[]`` in fp64, no gradient.
 
     Attributes:
         teacher_entropy: S(R_T) in bits, from 0 (every sample has the same relation: no signal) to log2 s.
         student_entropy: S(R_S) in bits.
         mutual_information: I(R_T; R_S) in bits; the paper's L_d is its negative.
-        teacher_similarity: mean squared cosine of two different samples' relations, from 0 (orthogonal) to 1 (alike).
+        teacher_similarity: mean squared cosine of two different samples' relations, from 0 (orthogonal, or a single
+            sample) to 1 (alike).
         student_similarity: likewise for the student. Far from the teacher's, the student is driven away from it.
 
     """
@@ -29,7 +30,7 @@ class RelationDiagnostics(NamedTuple):
 
 
 def diagnose(teacher_gram: Tensor, student_gram: Tensor, alpha: float = 2.0) -> RelationDiagnostics:
-    """Return the diagnostics of the relations' Gram matrices, ``[s, s]`` with unit diagonal, s >= 2."""
+    """Return the diagnostics of the relations' Gram matrices, ``[s, s]`` with unit diagonal."""
     return RelationDiagnostics(
         renyi_entropy(teacher_gram, alpha),
         renyi_entropy(student_gram, alpha),
@@ -41,4 +42,4 @@ def diagnose(teacher_gram: Tensor, student_gram: Tensor, alpha: float = 2.0) -> 
 
 def _mean_squared_off_diagonal(gram: Tensor) -> Tensor:
     n = gram.shape[-1]
-    return (gram.square().sum() - gram.diagonal().square().sum()) / (n * (n - 1))
+    return (gram.square().sum() - gram.diagonal().square().sum()) / max(n * (n - 1), 1)

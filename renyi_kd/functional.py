@@ -8,9 +8,12 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from renyi_kd.bank import SampleBank
+from renyi_kd.distributed import announce_refusal, gather_samples, n_processes
 from renyi_kd.features import SAMFeatures, check_features, image_of_samples
 from renyi_kd.kernels.dispatch import Impl
 from renyi_kd.kernels.infosam_loss import infosam_loss
+from renyi_kd.kernels.infosam_loss.samples import Join, Samples
 from renyi_kd.kernels.infosam_terms.terms import Distillation
 from renyi_kd.relation import RelationModule
 
@@ -41,6 +44,7 @@ def infosam_terms(
     alpha: float = 2.0,
     distillation: Distillation = "mutual_information",
     detach_teacher_relation: bool = False,
+    global_batch: bool = False,
     check_finite: bool = False,
     impl: Impl = "auto",
 ) -> InfoSAMTerms:
@@ -75,6 +79,10 @@ def infosam_terms(
         alpha: order of the entropies, in (0, inf]; the paper's is 2.
         distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
+        global_batch: whether the loss is that of the samples of all processes of the default group together. Each has
+            samples of its own, of which a single one will do, and calls the loss as often as the others, in validation
+            too. Right where gradients are averaged over these processes, those of the relation module too, as DDP and
+            FSDP do. Without several processes it changes nothing.
         check_finite: whether to look for NaN and inf first; waits for the device.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
 
@@ -83,12 +91,13 @@ def infosam_terms(
 
     Raises:
         TypeError: a feature is not a floating-point tensor.
-        ValueError: shapes, devices or indices do not fit, there are fewer than two samples, nothing of the student
-            requires grad (while gradients are on), an argument is out of its range, or, under ``check_finite``, a
-            feature is not finite.
+        ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples,
+            nothing of the student requires grad (while gradients are on), an argument is out of its range, or, under
+            ``check_finite``, a feature is not finite. Under ``global_batch`` then in every process.
 
     Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
-    blocks, nothing of a map's size but the gradient.
+    blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
+    and all scores, and the host waits for their numbers of samples.
 
     Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920), whose loss is the default.
 
@@ -117,6 +126,8 @@ def infosam_terms(
         alpha=alpha,
         distillation=distillation,
         detach_teacher_relation=detach_teacher_relation,
+        global_batch=global_batch,
+        bank=None,
         check_finite=check_finite,
         impl=impl,
     )
@@ -133,14 +144,19 @@ def relation_terms(
     alpha: float,
     distillation: Distillation,
     detach_teacher_relation: bool,
+    global_batch: bool,
+    bank: SampleBank | None,
     check_finite: bool,
     impl: Impl,
 ) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
-    """Return the loss with its terms, and the Grams of both relations."""
+    """Return the loss with its terms, and the Grams of both relations.
+
+    ``bank`` adds samples of earlier steps and keeps those of this one; a step may then have a single sample.
+    """
     check_distillation("infosam_terms", distillation)
-    images = _common_images(teacher, student)
-    if check_finite:
-        _check_finite(teacher, student)
+    spans_processes = global_batch and n_processes() > 1
+    check = _check_in_all_processes if spans_processes else _checked_images
+    images = check(teacher, student, 2 if bank is None and not spans_processes else 1, check_finite)
     terms = infosam_loss(
         teacher.image_features,
         student.image_features,
@@ -155,9 +171,25 @@ def relation_terms(
         alpha=alpha,
         distillation=distillation,
         detach_teacher=detach_teacher_relation,
+        join=_join(spans_processes, bank),
         impl=impl,
     )
     return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
+
+
+def _join(spans_processes: bool, bank: SampleBank | None) -> Join | None:
+    """Return what adds the samples of other processes and then those of earlier steps."""
+    if not spans_processes and bank is None:
+        return None
+
+    def join(samples: Samples) -> Samples:
+        if spans_processes:
+            samples = gather_samples(samples)
+        return samples if bank is None else bank.join(samples)
+
+    # Dynamo cannot trace the exchange, and would compile anew every step in which the bank grows. Not in eager mode,
+    # as the name alone would import the compiler.
+    return torch.compiler.disable(join) if torch.compiler.is_compiling() else join  # type: ignore[no-untyped-call]
 
 
 def check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
@@ -177,8 +209,8 @@ def check_distillation(function: str, distillation: Distillation) -> None:
         )
 
 
-def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | None:
-    """Return the image of each sample, the same for both; raise if teacher and student do not fit each other."""
+def _checked_images(teacher: SAMFeatures, student: SAMFeatures, least: int, check_finite: bool) -> list[int] | None:
+    """Return the image of each sample, the same for both; raise if they do not fit or are fewer than ``least``."""
     for member in ("image_features", "mask_tokens"):
         of_teacher, of_student = getattr(teacher, member), getattr(student, member)
         if of_teacher.shape != of_student.shape:
@@ -193,11 +225,12 @@ def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | No
                 f"{of_student.device}; move one of the models"
             )
     n_samples = len(student.mask_tokens)
-    if n_samples == 1:
+    if n_samples < least:
         raise ValueError(
             "infosam_terms: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
-            "gradient would be zero; use a larger batch, several prompts per image, or run the student through its "
-            "tap on several batches before the loss"
+            "gradient would be zero; use a larger batch, several prompts per image, global_batch=True in several "
+            "processes, InfoSAMLoss(bank_size=...), or run the student through its tap on several batches before the "
+            "loss"
         )
     if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
         raise ValueError(
@@ -210,7 +243,20 @@ def _common_images(teacher: SAMFeatures, student: SAMFeatures) -> list[int] | No
             "infosam_terms: image_index of teacher and student must be the same, got different samples; "
             "run both on the same images and prompts, in the same order"
         )
+    if check_finite:
+        _check_finite(teacher, student)
     return images
+
+
+def _check_in_all_processes(
+    teacher: SAMFeatures, student: SAMFeatures, least: int, check_finite: bool
+) -> list[int] | None:
+    try:
+        return _checked_images(teacher, student, least, check_finite)
+    except ValueError:
+        # The others wait for this one's samples.
+        announce_refusal(teacher.image_features.device)
+        raise
 
 
 def _check_finite(teacher: SAMFeatures, student: SAMFeatures) -> None:

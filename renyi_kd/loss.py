@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from renyi_kd.bank import SampleBank
 from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
@@ -37,6 +38,11 @@ class InfoSAMLoss(nn.Module):
             student's relations onto the teacher's.
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
+        global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
+            DDP or FSDP like the model. Every process calls it, as often as the others, in validation too.
+        bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
+            of one, whose first step then gives 0. A step without gradient sees them too, and leaves none. The teacher's
+            maps of so many samples stay in memory; the state dict holds none.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
 
@@ -58,6 +64,8 @@ class InfoSAMLoss(nn.Module):
         distillation: Distillation = "mutual_information",
         token: Token = "first",
         detach_teacher_relation: bool = False,
+        global_batch: bool = False,
+        bank_size: int = 0,
         check_finite: bool = False,
         impl: Impl = "auto",
     ) -> None:
@@ -67,6 +75,10 @@ class InfoSAMLoss(nn.Module):
         check_distillation("InfoSAMLoss", distillation)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
+        if isinstance(bank_size, bool) or not isinstance(bank_size, int) or bank_size < 0:
+            raise ValueError(
+                f"InfoSAMLoss: bank_size must be a number of samples, got {bank_size!r}; 0 takes none of earlier steps"
+            )
         resolve(impl)
         self.relation = RelationModule(dim)
         self.lambda_r = lambda_r
@@ -75,8 +87,10 @@ class InfoSAMLoss(nn.Module):
         self.distillation: Distillation = distillation
         self.token: Token = token
         self.detach_teacher_relation = detach_teacher_relation
+        self.global_batch = global_batch
         self.check_finite = check_finite
         self.impl: Impl = impl
+        self._bank = SampleBank(bank_size) if bank_size else None
         self._relation_grams: tuple[Tensor, Tensor] | None = None
         self._known_pair: tuple[int, int] | None = None
 
@@ -139,6 +153,8 @@ class InfoSAMLoss(nn.Module):
             alpha=self.alpha,
             distillation=self.distillation,
             detach_teacher_relation=self.detach_teacher_relation,
+            global_batch=self.global_batch,
+            bank=self._bank,
             check_finite=self.check_finite,
             impl=self.impl,
         )
@@ -171,11 +187,17 @@ class InfoSAMLoss(nn.Module):
             )
         return diagnose(*self._relation_grams, alpha=self.alpha)
 
+    @property
+    def bank_size(self) -> int:
+        """How many samples of earlier steps join those of a step."""
+        return 0 if self._bank is None else self._bank.size
+
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return (
             f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, "
-            f"distillation={self.distillation!r}, token={self.token!r}"
+            f"distillation={self.distillation!r}, token={self.token!r}, global_batch={self.global_batch}, "
+            f"bank_size={self.bank_size}"
         )
 
 

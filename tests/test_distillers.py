@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.segmentation.distillers import DISTILLERS, Distiller, make
 from benchmarks.segmentation.observation import Observation
-from renyi_kd import SAMFeatures
+from renyi_kd import SAMFeatures, infosam_terms
 
 DIM, CHANNELS, SIZE = 4, (3, 5), 8
 INFOSAM = [name for name in DISTILLERS if name.startswith("infosam")]
@@ -360,7 +360,9 @@ def test_mobilesam_is_the_mean_squared_error():
         ("infosam_no_ld", 1, 0, 2),
         ("infosam_alpha_1", 1, 0.5, 1),
         ("infosam_alpha_3", 1, 0.5, 3),
+        ("infosam_tenth", 0.1, 0.05, 2),
         ("infosam_detached", 1, 0.5, 2),
+        ("infosam_bank", 1, 0.5, 2),
         ("infosam_cauchy_schwarz", 1, 0.5, 2),
     ],
 )
@@ -399,6 +401,22 @@ def test_infosam_detached_differs_in_the_gradient_of_the_module_alone():
     (student_gradient, gradient), (same, other) = gradients
     torch.testing.assert_close(student_gradient, same)
     assert not torch.allclose(gradient, other, rtol=1e-2)
+
+
+def test_infosam_bank_takes_the_samples_of_earlier_steps_along():
+    distiller, teachers, students = made("infosam_bank"), *([observed() for _ in range(4)] for _ in range(2))
+    for teacher, student in zip(teachers, students, strict=True):
+        loss = distiller(teacher, mapped(student, leaf), batch_of())
+
+    def latest(steps: list[Observation]) -> SAMFeatures:
+        """Return the first tokens of the last steps together: of six samples a step, twelve are kept."""
+        images, tokens, index = zip(*(step.features for step in steps[:0:-1]), strict=True)
+        index = torch.cat([3 * number + own for number, own in enumerate(index)])
+        return SAMFeatures(torch.cat(images), torch.cat(tokens)[:, :1], index)
+
+    with torch.no_grad():
+        expected = infosam_terms(distiller.infosam.relation, latest(teachers), latest(students)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", WITH_RELATION)
@@ -566,7 +584,7 @@ def test_similarities_of_one_image_are_refused(name):
         made(name)(observed(1), mapped(observed(1), leaf), batch_of(1))
 
 
-@pytest.mark.parametrize("name", [*INFOSAM, *WITH_RELATION])
+@pytest.mark.parametrize("name", sorted({*INFOSAM, *WITH_RELATION} - {"infosam_bank"}))
 def test_relations_of_one_sample_are_refused(name):
     with pytest.raises(ValueError, match="the batch must hold at least two samples"):
         made(name)(observed(1, 1), mapped(observed(1, 1), leaf), batch_of(1, 1))

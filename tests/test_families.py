@@ -71,14 +71,6 @@ def _written() -> Iterator[None]:
             writer.writerows({**known, **found}[name] for name in NAMES if name in {**known, **found})
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Forget what other tests compiled: a frame that is compiled again meets the hooks that were set since."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def spy(model: nn.Module, case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """Return two lists that fill with what encoder and transformer give: the definitions of both features."""
     images: list[Tensor] = []

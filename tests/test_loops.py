@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from renyi_kd import InfoSAMLoss, tap
-from tests.support import processes
+from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms, tap
+from tests.support import gradients as gradients_of
+from tests.support import in_training, processes, relation_module
 from tests.support.loops import (
     Loop,
     MiniSam,
@@ -122,13 +123,6 @@ def test_autocast_and_grad_scaler(hf, dtype):
     assert not torch.equal(before, student.mask_decoder.iou_token.weight)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("what", ["model", "in place", "encoder", "decoder"])
@@ -197,6 +191,123 @@ def test_processes_average_their_gradients(found, second_steps, check):
         values = {name: value for name, value in of_rank[check].items() if name in expected}
         assert_same_gradients(values, expected, rtol=2e-3)
         assert not any(value.any() for name, value in of_rank[check].items() if name not in expected)
+
+
+@pytest.fixture(scope="module")
+def global_steps():
+    """Return the gradients of the second step by hand, of one process that has the batches of both."""
+    torch.manual_seed(2)
+    infosam_loss = InfoSAMLoss(DIM)
+    teacher, student = hf_sam(0), hf_sam(1)
+    parameters = {f"0.{name}": p for name, p in student.named_parameters()}
+    parameters |= {f"1.{name}": p for name, p in infosam_loss.named_parameters()}
+    for step in range(2):
+        of_ranks = [hf_batch(2, seed=2 * step + rank) for rank in range(2)]
+        both = {name: torch.cat([batch[name] for batch in of_ranks]) for name in of_ranks[0]}
+        loop = Loop(hf_sam, both, processes.run_multimask, [0, 1, 2, 3])
+        found = step_by_hand(teacher, student, loop, infosam_loss).gradients
+        if step == 0:
+            with torch.no_grad():
+                for name, value in found.items():
+                    parameters[name].sub_(processes.LEARNING_RATE * value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["ddp_over_the_global_batch", "ddp_accumulating_over_the_global_batch", "fsdp2_over_the_global_batch"],
+)
+def test_processes_train_as_one_over_the_global_batch(found, global_steps, second_steps, check):
+    for of_rank in found:
+        values = {name: value for name, value in of_rank[check].items() if name in global_steps}
+        assert_same_gradients(values, global_steps, rtol=2e-3)
+        # Which is not what they do each for itself.
+        with pytest.raises(AssertionError, match="off by"):
+            assert_same_gradients(values, mean(second_steps), rtol=2e-2)
+
+
+def all_parts(seed: int, dtype: torch.dtype = torch.float64, **settings: Any) -> SAMFeatures:
+    """Return the samples that the processes have of a seed, together."""
+    parts = [processes.part(rank, seed=seed, **settings) for rank in range(2)]
+    return SAMFeatures(
+        torch.cat([of_rank.image_features for of_rank in parts]).to(dtype),
+        torch.cat([of_rank.mask_tokens for of_rank in parts]).to(dtype),
+        torch.tensor([0, 2, 1, 2]),
+    )
+
+
+def test_a_global_batch_of_unequal_parts(found):
+    relation = relation_module(dtype=torch.float64)
+    teacher, student = all_parts(0), in_training(all_parts(10))
+    loss = infosam_terms(relation, teacher, student).loss
+    of_student, of_module = gradients_of(loss, student, relation)
+    one, other = (of_rank["unequal_parts_of_a_global_batch"] for of_rank in found)
+    assert torch.equal(one["loss"], other["loss"])
+    torch.testing.assert_close(one["loss"], loss.detach(), rtol=1e-12, atol=0)
+    # A process has the gradient of its own part, times as many as will be averaged.
+    for name, value in of_student.items():
+        torch.testing.assert_close(torch.cat([one[0][name], other[0][name]]), 2 * value, rtol=1e-10, atol=1e-12)
+    for name, value in of_module.items():
+        torch.testing.assert_close((one[1][name] + other[1][name]) / 2, value, rtol=1e-10, atol=1e-12)
+    for of_rank in found:
+        compiled = of_rank["compiled_global_batch"]
+        assert torch.equal(compiled["loss"], one["loss"])
+        assert torch.equal(compiled["gradient"], of_rank["unequal_parts_of_a_global_batch"][0]["image_features"])
+    without = [of_rank["global_batch_without_gradient"] for of_rank in found]
+    assert all(torch.equal(of_rank["loss"], one["loss"]) for of_rank in without)
+    assert torch.equal(without[0]["entropy"], without[1]["entropy"])
+    assert 0 < without[0]["entropy"] < 2
+
+
+def test_a_bank_holds_samples_of_all_processes(found):
+    infosam_loss = InfoSAMLoss(12, bank_size=3).double()
+    infosam_loss.relation = relation_module(dtype=torch.float64)
+    expected = [infosam_loss(all_parts(seed), in_training(all_parts(seed + 10))).item() for seed in (0, 20, 40)]
+    for of_rank in found:
+        assert [loss.item() for loss in of_rank["bank_over_the_global_batch"]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_global_batch_in_half_precision(found):
+    whole = all_parts(0, torch.float16), in_training(all_parts(10, torch.float16))
+    expected = infosam_terms(relation_module(), *whole).loss.item()
+    for of_rank in found:
+        assert of_rank["global_batch_under_autocast"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_global_batch_of_all_tokens(found):
+    relation, student = relation_module(dtype=torch.float64), in_training(all_parts(10, n_tokens=2))
+    settings = {"alpha": 1.0, "detach_teacher_relation": True, "lambda_r": 0.3}
+    loss = infosam_terms(relation, all_parts(0, n_tokens=2), student, **settings).loss
+    of_student, of_module = gradients_of(loss, student, relation)
+    of_ranks = [of_rank["global_batch_of_all_tokens"] for of_rank in found]
+    for value, _, module in of_ranks:
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+        assert module.keys() == of_module.keys()
+    for name, value in of_student.items():
+        parts = torch.cat([gradient[name] for _, gradient, _ in of_ranks])
+        torch.testing.assert_close(parts, 2 * value, rtol=1e-9, atol=1e-12)
+    for name, value in of_module.items():
+        torch.testing.assert_close(sum(module[name] for *_, module in of_ranks) / 2, value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [
+        ("global_batch_of_two_sizes", r"got maps \[12, 2, 3\], 1 tokens, .* in process 0 and maps \[12, 2, 4\]"),
+        ("global_batch_of_two_dtypes", r"torch.float16, .* in process 0 and .* torch.bfloat16, .* in process 1"),
+        ("global_batch_with_gradient_in_one_process", r"with gradient in process 0 and .*without gradient in"),
+        ("one_sample_of_a_process_without_the_global_batch", r"at least two samples .* global_batch=True"),
+    ],
+)
+def test_every_process_is_told_why_there_is_no_global_batch(found, check, says):
+    for of_rank in found:
+        assert re.search(says, of_rank[check])
+
+
+def test_a_process_that_refuses_its_features_keeps_none_waiting(found):
+    waiting, refusing = (of_rank["global_batch_that_one_process_refuses"] for of_rank in found)
+    assert "student.mask_tokens must be finite" in refusing
+    assert "got none of process 1; see the error" in waiting
 
 
 def test_the_relation_module_is_wrapped_like_the_model(found):
@@ -479,7 +590,8 @@ def test_memory_does_not_grow_over_ten_thousand_steps():
     def living() -> tuple[int, int]:
         gc.collect()
         things = gc.get_objects()
-        return len(things), sum(thing.nbytes for thing in things if issubclass(type(thing), torch.Tensor))
+        # A compiler's tensors, of other tests, have no size.
+        return len(things), sum(thing.nbytes for thing in things if type(thing) in (torch.Tensor, nn.Parameter))
 
     for step in range(10_000):
         if step == 100:

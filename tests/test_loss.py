@@ -468,12 +468,13 @@ def test_a_module_in_bf16_computes_in_fp32():
 def test_defaults_are_the_papers():
     infosam = InfoSAMLoss()
     assert (infosam.lambda_r, infosam.lambda_d, infosam.alpha, infosam.token) == (1.0, 0.5, 2.0, "first")
-    assert infosam.detach_teacher_relation is infosam.check_finite is False
+    assert infosam.detach_teacher_relation is infosam.check_finite is infosam.global_batch is False
+    assert infosam.bank_size == 0
     assert infosam.distillation == "mutual_information"
     assert infosam.relation.dim == 256
     assert sum(parameter.numel() for parameter in infosam.parameters()) == 132_608
     settings = "lambda_r=1.0, lambda_d=0.5, alpha=2.0, distillation='mutual_information', token='first'"
-    assert repr(infosam).splitlines()[1].strip() == settings
+    assert repr(infosam).splitlines()[1].strip() == f"{settings}, global_batch=False, bank_size=0"
 
 
 def test_state_dict_is_that_of_the_relation():

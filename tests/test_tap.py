@@ -218,14 +218,6 @@ def test_ddp():
     torch.testing.assert_close(values[0][1], values[1][1])
 
 
-@pytest.fixture
-def fresh_compiler():
-    """Forget what other tests compiled: a frame that is compiled again meets the hooks that were set since."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 # torch.compile looks at .grad of every tensor it meets.
 compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 

@@ -287,10 +287,10 @@ def test_several_batches_and_ids_of_a_function_or_a_tensor(tmp_path):
 
 # torch.compile looks at .grad of every tensor it meets.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_teacher_answers_for_each_image_of_its_own(tmp_path):
     model = hf_sam()
     calls, plain = count_encoder_calls(model), tap(hf_sam())
-    torch.compiler.reset()
     teacher = CachedTeacher(tap(torch.compile(model, backend="eager")), tmp_path)
     for seed in (0, 1, 0, 1):
         batch = hf_batch(2, seed=seed)
@@ -298,7 +298,6 @@ def test_a_compiled_teacher_answers_for_each_image_of_its_own(tmp_path):
         expected = plain.observe(batch).image_features
         torch.testing.assert_close(features.image_features, expected, rtol=1e-3, atol=2e-3)
     assert calls == [2, 2]
-    torch.compiler.reset()
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

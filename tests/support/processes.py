@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms, tap
+from tests.support import gradients, in_training, relation_module, sam_features, to
+
 ROOT = Path(__file__).parent.parent.parent
 N_PROCESSES = 2
 LEARNING_RATE = 0.01
@@ -27,7 +30,7 @@ def run_checks(folder: Path) -> list[dict[str, Any]]:
     """Run all checks in two processes and return what each process saved."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder), str(rank)],
+            [sys.executable, "-W", "error::FutureWarning", "-m", __name__, str(folder), str(rank)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,7 +67,7 @@ def found(check: Callable[[int], Any], rank: int) -> Any:
     torch.distributed.barrier()
     try:
         return check(rank)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -77,14 +80,17 @@ def train(
     inside: bool = False,
     wrap_loss: bool = True,
     n_accumulated: int = 1,
+    **settings: Any,
 ) -> dict[str, Tensor]:
-    """Train for two steps, each process on batches of its own, and return the gradients of the second step."""
-    from renyi_kd import InfoSAMLoss, tap
+    """Train for two steps, each process on batches of its own, and return the gradients of the second step.
+
+    ``settings`` are those of the loss.
+    """
     from tests.support.models import DIM, hf_batch, hf_sam
 
     sam = hf_sam(1)
     torch.manual_seed(2)
-    infosam_loss: nn.Module = InfoSAMLoss(DIM)
+    infosam_loss: nn.Module = InfoSAMLoss(DIM, **settings)
     teacher = tap(hf_sam(0))
     if tap_first:
         student = tap(sam)
@@ -197,7 +203,117 @@ def fsdp2_without_a_task_loss(rank: int) -> Any:
     return train(rank, fsdp2, task_weight=None)
 
 
+def ddp_over_the_global_batch(rank: int) -> Any:
+    return train(rank, ddp, global_batch=True)
+
+
+def ddp_accumulating_over_the_global_batch(rank: int) -> Any:
+    return train(rank, ddp, n_accumulated=2, global_batch=True)
+
+
+def fsdp2_over_the_global_batch(rank: int) -> Any:
+    return train(rank, fsdp2, global_batch=True)
+
+
+# Samples of each process by their image: a single one, and three of two images.
+PARTS = [[0], [1, 0, 1]]
+
+
+def part(rank: int, seed: int, **settings: Any) -> SAMFeatures:
+    return sam_features(seed=seed + rank, dtype=torch.float64, **{"image_index": PARTS[rank], **settings})
+
+
+def unequal_parts_of_a_global_batch(rank: int) -> Any:
+    relation = relation_module(dtype=torch.float64)
+    student = in_training(part(rank, seed=10))
+    terms = infosam_terms(relation, part(rank, seed=0), student, global_batch=True)
+    return {"loss": terms.loss.detach(), **dict(enumerate(gradients(terms.loss, student, relation)))}
+
+
+def compiled_global_batch(rank: int) -> Any:
+    relation = relation_module(dtype=torch.float64)
+
+    def loss(teacher: SAMFeatures, student: SAMFeatures) -> Tensor:
+        return infosam_terms(relation, teacher, student, global_batch=True).loss
+
+    student = in_training(part(rank, seed=10))
+    value = torch.compile(loss, backend="eager")(part(rank, seed=0), student)
+    value.backward()
+    return {"loss": value.detach(), "gradient": student.image_features.grad}
+
+
+def global_batch_under_autocast(rank: int) -> Any:
+    """Features of the half precision that autocast does not have."""
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [to(part(rank, seed=seed), torch.float16) for seed in (0, 10)]
+        return infosam_terms(relation_module(), parts[0], in_training(parts[1]), global_batch=True).loss.detach()
+
+
+def global_batch_of_all_tokens(rank: int) -> Any:
+    relation = relation_module(dtype=torch.float64)
+    student = in_training(part(rank, seed=10, n_tokens=2))
+    settings = {"alpha": 1.0, "detach_teacher_relation": True, "lambda_r": 0.3}
+    loss = infosam_terms(relation, part(rank, seed=0, n_tokens=2), student, global_batch=True, **settings).loss
+    return [loss.detach(), *gradients(loss, student, relation)]
+
+
+def global_batch_that_one_process_refuses(rank: int) -> Any:
+    student = in_training(part(rank, seed=10))
+    if rank == 1:
+        student.mask_tokens.detach()[0] = torch.nan
+    infosam_terms(relation_module(), part(rank, seed=0), student, global_batch=True, check_finite=True)
+
+
+def global_batch_with_gradient_in_one_process(rank: int) -> Any:
+    with torch.set_grad_enabled(rank == 0):
+        infosam_terms(relation_module(), part(rank, seed=0), in_training(part(rank, seed=10)), global_batch=True)
+
+
+def global_batch_without_gradient(rank: int) -> Any:
+    infosam_loss = InfoSAMLoss(12, global_batch=True).double()
+    infosam_loss.relation = relation_module(dtype=torch.float64)
+    with torch.no_grad():
+        loss = infosam_loss(part(rank, seed=0), part(rank, seed=10))
+    return {"loss": loss, "entropy": infosam_loss.diagnostics().teacher_entropy}
+
+
+def bank_over_the_global_batch(rank: int) -> Any:
+    infosam_loss = InfoSAMLoss(12, global_batch=True, bank_size=3).double()
+    infosam_loss.relation = relation_module(dtype=torch.float64)
+    return [
+        infosam_loss(part(rank, seed=seed), in_training(part(rank, seed=seed + 10))).detach() for seed in (0, 20, 40)
+    ]
+
+
+def one_sample_of_a_process_without_the_global_batch(rank: int) -> Any:
+    return infosam_terms(relation_module(), part(0, seed=0), in_training(part(0, seed=10)))
+
+
+def global_batch_of_two_sizes(rank: int) -> Any:
+    parts = [part(rank, seed=seed, size=(2, 3 + rank)) for seed in (0, 10)]
+    return infosam_terms(relation_module(), parts[0], in_training(parts[1]), global_batch=True)
+
+
+def global_batch_of_two_dtypes(rank: int) -> Any:
+    parts = [to(part(rank, seed=seed), (torch.float16, torch.bfloat16)[rank]) for seed in (0, 10)]
+    return infosam_terms(relation_module(), parts[0], in_training(parts[1]), global_batch=True)
+
+
 CHECKS = (
+    ddp_over_the_global_batch,
+    ddp_accumulating_over_the_global_batch,
+    fsdp2_over_the_global_batch,
+    unequal_parts_of_a_global_batch,
+    compiled_global_batch,
+    global_batch_under_autocast,
+    global_batch_of_all_tokens,
+    global_batch_that_one_process_refuses,
+    global_batch_with_gradient_in_one_process,
+    global_batch_without_gradient,
+    bank_over_the_global_batch,
+    one_sample_of_a_process_without_the_global_batch,
+    global_batch_of_two_sizes,
+    global_batch_of_two_dtypes,
     ddp_tapped_after,
     ddp_tapped_before,
     ddp_accumulating,

@@ -20,6 +20,9 @@ from renyi_kd import InfoSAMLoss
 
 __all__ = ["DISTILLERS", "Distiller", "InfoSAM", "make", "needs_layers"]
 
+# With those of a batch of 4, sixteen samples a step.
+BANK_SIZE = 12
+
 # Of the width of the decoder and the channels of the encoder's stages.
 _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "none": lambda dim, layers: NoDistillation(),
@@ -39,6 +42,7 @@ _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "infosam_alpha_1": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=1.0)),
     "infosam_alpha_3": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=3.0)),
     "infosam_detached": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, detach_teacher_relation=True)),
+    "infosam_bank": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, bank_size=BANK_SIZE)),
     "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, distillation="cauchy_schwarz")),
     "mobilesam_relation": lambda dim, layers: WithRelation(MobileSAM(), dim),
     "tinysam_relation": lambda dim, layers: WithRelation(TinySAM(), dim),

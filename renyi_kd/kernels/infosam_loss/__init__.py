@@ -9,6 +9,7 @@ from torch import Tensor
 from renyi_kd.kernels import infosam_terms, relation_directions
 from renyi_kd.kernels.dispatch import Impl, implementation
 from renyi_kd.kernels.infosam_loss import composed
+from renyi_kd.kernels.infosam_loss.samples import Join
 from renyi_kd.kernels.infosam_terms.terms import Distillation, RelationTerms
 from renyi_kd.kernels.relation_directions import RelationWeights
 
@@ -28,16 +29,18 @@ def infosam_loss(
     alpha: float = 2.0,
     distillation: Distillation = "mutual_information",
     detach_teacher: bool = False,
+    join: Join | None = None,
     impl: Impl = "auto",
 ) -> RelationTerms:
     """Return what :func:`composed.infosam_loss` defines.
 
-    Where Triton runs all of it, one sample an image and at alpha = 2, it is one operator with few launches; elsewhere
-    each of its operations runs by the implementation that ``impl`` names.
+    Where Triton runs all of it, one sample an image, at alpha = 2 and over the batch alone, it is one operator with few
+    launches; elsewhere each of its operations runs by the implementation that ``impl`` names.
     """
     n_samples, n_channels = len(teacher_tokens), teacher_tokens.shape[-1]
     fits = (
         images is None
+        and join is None
         and alpha == 2
         and n_samples <= infosam_terms.MAX_SAMPLES
         and n_channels <= relation_directions.MAX_CHANNELS
@@ -73,5 +76,6 @@ def infosam_loss(
         alpha=alpha,
         distillation=distillation,
         detach_teacher=detach_teacher,
+        join=join,
         impl=impl,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from renyi_kd.kernels.batch_gram import batch_gram
 from renyi_kd.kernels.dispatch import Impl
+from renyi_kd.kernels.infosam_loss.samples import Join, Samples
 from renyi_kd.kernels.infosam_terms import infosam_terms
 from renyi_kd.kernels.infosam_terms.terms import Distillation, RelationTerms
 from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
@@ -30,6 +31,7 @@ def infosam_loss(
     alpha: float = 2.0,
     distillation: Distillation = "mutual_information",
     detach_teacher: bool = False,
+    join: Join | None = None,
     impl: Impl = "auto",
 ) -> RelationTerms:
     """Return the InfoSAM loss and its terms from the features of teacher and student.
@@ -48,6 +50,7 @@ def infosam_loss(
         alpha: order of the entropies.
         distillation: the form of L_d.
         detach_teacher: whether L_d takes the teacher's relation as a constant.
+        join: adds samples from elsewhere to those of the batch; None for the batch alone.
         impl: implementation of each operation.
 
     Returns:
@@ -70,15 +73,20 @@ def infosam_loss(
         relation_scores(image_features, w, images, offsets=c, eps=feature_eps, impl=impl)
         for image_features, w, c in zip((teacher_map, student_map), directions, offsets, strict=True)
     )
-    image_gram = batch_gram(teacher_map, impl=impl)
-    if images is not None:
-        index = torch.tensor(images, device=image_gram.device)
+    samples = Samples(teacher_map, images, teacher_tokens, teacher_scores, student_scores)
+    if join is not None:
+        # Autocast refuses to concatenate the half precision that is not its own.
+        with torch.autocast(teacher_map.device.type, enabled=False):
+            samples = join(samples)
+    image_gram = batch_gram(samples.image_features, impl=impl)
+    if samples.images is not None:
+        index = torch.tensor(samples.images, device=image_gram.device)
         image_gram = image_gram[index[:, None], index]
     terms = infosam_terms(
         image_gram,
-        batch_gram(teacher_tokens, impl=impl),
-        teacher_scores,
-        student_scores,
+        batch_gram(samples.mask_tokens, impl=impl),
+        samples.teacher_scores,
+        samples.student_scores,
         lambda_r=lambda_r,
         lambda_d=lambda_d,
         alpha=alpha,

@@ -1,0 +1,44 @@
+"""The samples that a loss is computed over, when it has their scores and not yet their Grams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Samples(NamedTuple):
+    """What the Grams of a loss are made of.
+
+    Attributes:
+        image_features: ``[b, d, h, w]``: the teacher's, without gradient.
+        images: the image of each of the s samples; None when sample i belongs to image i.
+        mask_tokens: ``[s, n, d]``: the teacher's, without gradient.
+        teacher_scores: ``[s, n, h * w]``: its relation maps, in any scale.
+        student_scores: likewise of the student.
+
+    """
+
+    image_features: Tensor
+    images: Sequence[int] | None
+    mask_tokens: Tensor
+    teacher_scores: Tensor
+    student_scores: Tensor
+
+
+# From the samples of a batch to all that its loss goes over.
+Join = Callable[[Samples], Samples]
+
+
+def images_of_parts(images: Sequence[Sequence[int] | None], n_images: Sequence[int]) -> list[int] | None:
+    """Return the image of each sample of all parts, of which each counts its images from 0."""
+    if all(of_part is None for of_part in images):
+        return None
+    firsts = accumulate(n_images[:-1], initial=0)
+    return [
+        first + image
+        for first, n, of_part in zip(firsts, n_images, images, strict=True)
+        for image in (range(n) if of_part is None else of_part)
+    ]

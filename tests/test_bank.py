@@ -1,0 +1,267 @@
+"""The bank of samples: a step's loss is that of its own samples and earlier ones, which are constants."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
+from renyi_kd.kernels.batch_gram import batch_gram
+from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
+from tests.support import gradients, in_training, relation_module, sam_features, to
+from tests.support.tolerance import assert_close_on_scale
+
+DIM = 12
+
+
+def with_bank(size: int, **settings) -> InfoSAMLoss:
+    infosam = InfoSAMLoss(DIM, bank_size=size, **settings).double()
+    infosam.relation = relation_module(dtype=torch.float64)
+    return infosam
+
+
+def step(seed: int, n: int = 2, **settings) -> tuple[SAMFeatures, SAMFeatures]:
+    """Return features of teacher and student."""
+    return tuple(sam_features(n, seed=s, dtype=torch.float64, **settings) for s in (seed, seed + 1000))
+
+
+def together(*parts: SAMFeatures) -> SAMFeatures:
+    """Return the samples of all parts as one batch."""
+    index, n_images = [], 0
+    for part in parts:
+        own = range(len(part.mask_tokens)) if part.image_index is None else part.image_index.tolist()
+        index += [n_images + image for image in own]
+        n_images += len(part.image_features)
+    return SAMFeatures(
+        torch.cat([part.image_features for part in parts]),
+        torch.cat([part.mask_tokens for part in parts]),
+        torch.tensor(index),
+    )
+
+
+def rows(features: SAMFeatures, wanted: list[int]) -> SAMFeatures:
+    return features._replace(
+        image_features=features.image_features[wanted], mask_tokens=features.mask_tokens[wanted], image_index=None
+    )
+
+
+@pytest.mark.parametrize("distillation", ["mutual_information", "cauchy_schwarz"])
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_a_step_is_that_of_its_samples_and_the_last_ones(alpha, distillation):
+    settings = {"alpha": alpha, "distillation": distillation}
+    infosam = with_bank(3, **settings)
+    steps = [step(0), step(10), step(20)]
+    for teacher, student in steps[:2]:
+        infosam(teacher, in_training(student))
+    own = in_training(steps[2][1])
+    terms = infosam.terms(steps[2][0], own)
+    teacher, student = (
+        together(of_steps[2], of_steps[1], rows(of_steps[0], [0])) for of_steps in zip(*steps, strict=True)
+    )
+    whole = in_training(student)
+    expected = infosam_terms(infosam.relation, teacher, whole, **settings)
+    for value, target in zip(terms, expected, strict=True):
+        assert value.item() == pytest.approx(target.item(), rel=1e-12)
+    of_own = gradients(terms.loss, own, infosam.relation)[0]
+    of_whole = gradients(expected.loss, whole, infosam.relation)[0]
+    for name, value in of_own.items():
+        assert_close_on_scale(value, of_whole[name][:2], name=name, rtol=1e-10)
+    assert len(infosam._relation_grams[0]) == 5
+
+
+def test_earlier_samples_give_the_module_no_gradient():
+    infosam = with_bank(4)
+    (old_teacher, old_student), (teacher, student) = step(0), step(10)
+    infosam(old_teacher, in_training(old_student))
+    own = in_training(student)
+    found = gradients(infosam(teacher, own), own, infosam.relation)[1]
+    again = in_training(student)
+    relation = infosam.relation
+
+    def scores(new: SAMFeatures, old: SAMFeatures) -> torch.Tensor:
+        return torch.cat([relation.scores(*new[:2]), relation.scores(*old[:2]).detach()])
+
+    both = together(teacher, old_teacher)
+    loss = terms_of_relations(
+        batch_gram(both.image_features),
+        batch_gram(both.mask_tokens),
+        scores(teacher, old_teacher),
+        scores(again, old_student),
+    ).loss
+    expected = gradients(loss, again, relation)[1]
+    for name, value in found.items():
+        assert_close_on_scale(value, expected[name], name=name, rtol=1e-9)
+
+
+def test_prompts_of_one_image_share_its_map_in_the_bank():
+    infosam = with_bank(3)
+    first, second = step(0, image_index=[2, 0, 2, 1]), step(10)
+    infosam(first[0], in_training(first[1]))
+    assert len(infosam._bank._past.image_features) == 2
+    loss = infosam(second[0], in_training(second[1]))
+    teacher, student = (
+        together(new, old._replace(mask_tokens=old.mask_tokens[:3], image_index=old.image_index[:3]))
+        for new, old in zip(second, first, strict=True)
+    )
+    expected = infosam_terms(infosam.relation, teacher, in_training(student)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_batches_of_one_sample():
+    infosam = with_bank(4)
+    losses, largest = [], []
+    for seed in range(3):
+        teacher, student = step(10 * seed, n=1)
+        own = in_training(student)
+        loss = infosam(teacher, own)
+        of_student, of_module = gradients(loss, own, infosam.relation)
+        losses.append(loss.item())
+        largest.append(max(value.abs().max().item() for value in (*of_student.values(), *of_module.values())))
+        assert torch.stack(list(infosam.diagnostics())).isfinite().all()
+    assert losses[0] == largest[0] == 0
+    assert min(largest[1:]) > 1e-5
+    assert losses[2] < losses[1] < -0.1
+
+
+def test_evaluation_sees_the_bank_and_does_not_fill_it():
+    infosam = with_bank(4)
+    (old_teacher, old_student), (teacher, student) = step(0), step(10)
+    infosam(old_teacher, in_training(old_student))
+    before = infosam._bank._past
+    with torch.no_grad():
+        values = [infosam(teacher, student) for _ in range(2)]
+    assert infosam._bank._past is before
+    assert torch.equal(*values)
+    whole = together(teacher, old_teacher), in_training(together(student, old_student))
+    assert values[0].item() == pytest.approx(infosam_terms(infosam.relation, *whole).loss.item(), rel=1e-12)
+
+
+def test_a_single_sample_of_another_kind_is_warned_of():
+    infosam = with_bank(4)
+    (teacher, student), (other_teacher, other_student) = step(0, n=1), step(10, n=1, size=(4, 4))
+    infosam(teacher, in_training(student))
+    with pytest.warns(UserWarning, match=r"got \[12, 4, 4\] .* after \[12, 5, 7\] .*; the loss .* is 0"):
+        assert infosam(other_teacher, in_training(other_student)).item() == 0
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("auto", [torch.float16, torch.bfloat16])
+def test_half_precision_under_autocast(half, auto):
+    infosam = InfoSAMLoss(DIM, bank_size=2)
+    with torch.autocast("cpu", auto):
+        for seed in (0, 10):
+            own = in_training(to(step(seed)[1], half))
+            teacher = to(step(seed)[0], half)
+            loss = infosam(teacher, own)
+    whole = (together(*(to(step(seed)[i], half) for seed in (10, 0))) for i in range(2))
+    with torch.no_grad():
+        expected = infosam_terms(infosam.relation, *whole).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_kernels_take_joined_samples():
+    """In Triton's interpreter where there is no GPU."""
+    found = []
+    for impl in ("reference", "triton"):
+        infosam = with_bank(3, impl=impl, token="all").float()
+        for seed in (0, 10):
+            teacher, student = (to(f, torch.float32) for f in step(seed, image_index=[0, 1, 1], n_tokens=2))
+            own = in_training(student)
+            loss = infosam(teacher, own)
+        of_student, of_module = gradients(loss, own, infosam.relation)
+        found.append({"loss": loss.detach(), **of_student, **of_module})
+    for name, value in found[1].items():
+        assert_close_on_scale(value, found[0][name], name=name, rtol=1e-4)
+
+
+def test_a_buffer_of_the_teacher_may_be_written_again():
+    infosam, other = with_bank(4), with_bank(4)
+    buffer = step(0)[0]
+    for seed in (0, 10):
+        teacher, student = step(seed)
+        buffer.image_features.copy_(teacher.image_features)
+        buffer.mask_tokens.copy_(teacher.mask_tokens)
+        losses = [infosam(buffer, in_training(student)), other(teacher, in_training(student))]
+    assert torch.equal(*losses)
+
+
+def test_the_bank_keeps_no_more_maps_than_samples():
+    infosam = with_bank(3)
+    for seed in (0, 10, 20):
+        teacher, student = step(seed, n=4)
+        infosam(teacher, in_training(student))
+    past = infosam._bank._past
+    for value in (past.image_features, past.mask_tokens, past.teacher_scores, past.student_scores):
+        assert len(value) == 3
+        assert value.untyped_storage().nbytes() == value.nbytes
+        assert not value.requires_grad
+
+
+@pytest.mark.parametrize("member", ["image_features", "mask_tokens"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_spoils_its_own_step_alone(member, value):
+    infosam = with_bank(4)
+    teacher, student = step(0)
+    getattr(teacher, member)[0] = value
+    assert not infosam(teacher, in_training(student)).isfinite()
+    teacher, student = step(10)
+    own = in_training(student)
+    terms = infosam.terms(teacher, own)
+    assert -2 <= terms.compression <= 0
+    for gradient in gradients(terms.loss, own, infosam.relation)[0].values():
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("change", [{"size": (4, 4)}, {"n_tokens": 2}, "dtype"], ids=str)
+def test_samples_of_another_kind_are_forgotten(change):
+    infosam = with_bank(4, token="all")
+    teacher, student = step(0)
+    infosam(teacher, in_training(student))
+    others = step(10) if change == "dtype" else step(10, **change)
+    if change == "dtype":
+        others = [features._replace(image_features=features.image_features.float()) for features in others]
+    loss = infosam(others[0], in_training(others[1]))
+    assert torch.equal(loss, infosam_terms(infosam.relation, others[0], in_training(others[1])).loss)
+    again = infosam(others[0], in_training(others[1]))
+    assert not torch.equal(again, loss)
+
+
+def test_copies_and_checkpoints():
+    infosam = with_bank(4)
+    assert infosam.state_dict().keys() == InfoSAMLoss(DIM).state_dict().keys()
+    for seed in (0, 10):
+        teacher, student = step(seed)
+        infosam(teacher, in_training(student))
+    assert infosam.state_dict().keys() == InfoSAMLoss(DIM).state_dict().keys()
+    teacher, student = step(20)
+    copies = copy.deepcopy(infosam), pickle.loads(pickle.dumps(infosam)), infosam
+    losses = [each(teacher, in_training(student)) for each in copies]
+    assert losses[0] == losses[1] == losses[2]
+    assert [each.bank_size for each in copies] == [4, 4, 4]
+    assert "global_batch=False, bank_size=4" in repr(infosam)
+    assert InfoSAMLoss(DIM).bank_size == 0
+
+
+# torch.compile looks at .grad of every tensor it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_under_a_compiler_the_graph_breaks_at_the_bank():
+    infosam = with_bank(4)
+    compiled = copy.deepcopy(infosam)
+    run = torch.compile(compiled, backend="eager")
+    for seed in (0, 10, 20):
+        teacher, student = step(seed)
+        one, other = in_training(student), in_training(student)
+        for module, leaf in ((run, one), (infosam, other)):
+            module(teacher, leaf).backward()
+        assert torch.equal(one.image_features.grad, other.image_features.grad)
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, True, None])
+def test_refusals(size):
+    with pytest.raises(ValueError, match="bank_size must be a number of samples, got"):
+        InfoSAMLoss(DIM, bank_size=size)
