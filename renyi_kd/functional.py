@@ -10,11 +10,12 @@ from torch import Tensor
 
 from renyi_kd.bank import SampleBank
 from renyi_kd.distributed import announce_refusal, gather_samples, n_processes
-from renyi_kd.features import SAMFeatures, check_features, image_of_samples
+from renyi_kd.features import SAMFeatures, check_features
 from renyi_kd.kernels.dispatch import Impl
 from renyi_kd.kernels.infosam_loss import infosam_loss
 from renyi_kd.kernels.infosam_loss.samples import Join, Samples
 from renyi_kd.kernels.infosam_terms.terms import Distillation
+from renyi_kd.pairing import images_of_pair
 from renyi_kd.relation import RelationModule
 
 
@@ -155,8 +156,9 @@ def relation_terms(
     """
     check_distillation("infosam_terms", distillation)
     spans_processes = global_batch and n_processes() > 1
-    check = _check_in_all_processes if spans_processes else _checked_images
-    images = check(teacher, student, 2 if bank is None and not spans_processes else 1, check_finite)
+    images_of = _images_in_all_processes if spans_processes else images_of_pair
+    least = 1 if spans_processes or bank is not None else 2
+    images = images_of(teacher, student, least=least, check_finite=check_finite)
     terms = infosam_loss(
         teacher.image_features,
         student.image_features,
@@ -209,64 +211,12 @@ def check_distillation(function: str, distillation: Distillation) -> None:
         )
 
 
-def _checked_images(teacher: SAMFeatures, student: SAMFeatures, least: int, check_finite: bool) -> list[int] | None:
-    """Return the image of each sample, the same for both; raise if they do not fit or are fewer than ``least``."""
-    for member in ("image_features", "mask_tokens"):
-        of_teacher, of_student = getattr(teacher, member), getattr(student, member)
-        if of_teacher.shape != of_student.shape:
-            raise ValueError(
-                f"infosam_terms: {member} of teacher and student must have one shape, got {tuple(of_teacher.shape)} "
-                f"and {tuple(of_student.shape)}; run both on the same images and prompts at one size, and call "
-                "clear() on the student's tap after a step whose loss was skipped"
-            )
-        if of_teacher.device != of_student.device:
-            raise ValueError(
-                f"infosam_terms: {member} of teacher and student must be on one device, got {of_teacher.device} and "
-                f"{of_student.device}; move one of the models"
-            )
-    n_samples = len(student.mask_tokens)
-    if n_samples < least:
-        raise ValueError(
-            "infosam_terms: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
-            "gradient would be zero; use a larger batch, several prompts per image, global_batch=True in several "
-            "processes, InfoSAMLoss(bank_size=...), or run the student through its tap on several batches before the "
-            "loss"
-        )
-    if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
-        raise ValueError(
-            "infosam_terms: the student's features must require grad, got features without gradient; run the student "
-            "without torch.no_grad, with parameters that are trained, or compute the loss under torch.no_grad"
-        )
-    images = image_of_samples("infosam_terms", "teacher", teacher)
-    if images != image_of_samples("infosam_terms", "student", student):
-        raise ValueError(
-            "infosam_terms: image_index of teacher and student must be the same, got different samples; "
-            "run both on the same images and prompts, in the same order"
-        )
-    if check_finite:
-        _check_finite(teacher, student)
-    return images
-
-
-def _check_in_all_processes(
-    teacher: SAMFeatures, student: SAMFeatures, least: int, check_finite: bool
+def _images_in_all_processes(
+    teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
 ) -> list[int] | None:
     try:
-        return _checked_images(teacher, student, least, check_finite)
+        return images_of_pair(teacher, student, least=least, check_finite=check_finite)
     except ValueError:
         # The others wait for this one's samples.
         announce_refusal(teacher.image_features.device)
         raise
-
-
-def _check_finite(teacher: SAMFeatures, student: SAMFeatures) -> None:
-    for name, features in (("teacher", teacher), ("student", student)):
-        for member in ("image_features", "mask_tokens"):
-            value = getattr(features, member)
-            finite = value.detach().isfinite().flatten(1).all(1)
-            if not finite.all():
-                raise ValueError(
-                    f"infosam_terms: {name}.{member} must be finite, got NaN or inf in rows "
-                    f"{(~finite).nonzero().flatten().tolist()} of {len(finite)}; skip the step, lower the learning "
-                    "rate, or run that model in fp32"
-                )

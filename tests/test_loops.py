@@ -152,29 +152,34 @@ def found(tmp_path_factory):
     return processes.run_checks(tmp_path_factory.mktemp("processes"))
 
 
-@pytest.fixture(scope="module")
-def second_steps():
-    """Return the gradients of the second step in two processes, by hand, when they are averaged in both steps."""
+def second_step_of(*parts: list[int]) -> list[dict[str, torch.Tensor]]:
+    """Return the gradients of the second of two steps for each part, after a first that trains by their mean.
+
+    A part is the processes whose batches are one.
+    """
     torch.manual_seed(2)
     infosam_loss = InfoSAMLoss(DIM)
     teacher, student = hf_sam(0), hf_sam(1)
     parameters = {f"0.{name}": p for name, p in student.named_parameters()}
     parameters |= {f"1.{name}": p for name, p in infosam_loss.named_parameters()}
-    for step in range(2):
-        both = [
-            step_by_hand(
-                teacher,
-                student,
-                Loop(hf_sam, hf_batch(2, seed=2 * step + rank), processes.run_multimask, [0, 1]),
-                infosam_loss,
-            ).gradients
-            for rank in range(2)
-        ]
-        if step == 0:
-            with torch.no_grad():
-                for name, value in mean(both).items():
-                    parameters[name].sub_(processes.LEARNING_RATE * value)
-    return both
+
+    def step(number: int, ranks: list[int]) -> dict[str, torch.Tensor]:
+        batches = [hf_batch(2, seed=2 * number + rank) for rank in ranks]
+        batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
+        loop = Loop(hf_sam, batch, processes.run_multimask, list(range(2 * len(ranks))))
+        return step_by_hand(teacher, student, loop, infosam_loss).gradients
+
+    first = mean([step(0, ranks) for ranks in parts])
+    with torch.no_grad():
+        for name, value in first.items():
+            parameters[name].sub_(processes.LEARNING_RATE * value)
+    return [step(1, ranks) for ranks in parts]
+
+
+@pytest.fixture(scope="module")
+def second_steps():
+    """Return the gradients of the second step of two processes that average them in both steps."""
+    return second_step_of([0], [1])
 
 
 def mean(steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -194,33 +199,19 @@ def test_processes_average_their_gradients(found, second_steps, check):
 
 
 @pytest.fixture(scope="module")
-def global_steps():
-    """Return the gradients of the second step by hand, of one process that has the batches of both."""
-    torch.manual_seed(2)
-    infosam_loss = InfoSAMLoss(DIM)
-    teacher, student = hf_sam(0), hf_sam(1)
-    parameters = {f"0.{name}": p for name, p in student.named_parameters()}
-    parameters |= {f"1.{name}": p for name, p in infosam_loss.named_parameters()}
-    for step in range(2):
-        of_ranks = [hf_batch(2, seed=2 * step + rank) for rank in range(2)]
-        both = {name: torch.cat([batch[name] for batch in of_ranks]) for name in of_ranks[0]}
-        loop = Loop(hf_sam, both, processes.run_multimask, [0, 1, 2, 3])
-        found = step_by_hand(teacher, student, loop, infosam_loss).gradients
-        if step == 0:
-            with torch.no_grad():
-                for name, value in found.items():
-                    parameters[name].sub_(processes.LEARNING_RATE * value)
-    return found
+def global_step():
+    """Return the gradients of the second step of one process that has the batches of both."""
+    return second_step_of([0, 1])[0]
 
 
 @pytest.mark.parametrize(
     "check",
     ["ddp_over_the_global_batch", "ddp_accumulating_over_the_global_batch", "fsdp2_over_the_global_batch"],
 )
-def test_processes_train_as_one_over_the_global_batch(found, global_steps, second_steps, check):
+def test_processes_train_as_one_over_the_global_batch(found, global_step, second_steps, check):
     for of_rank in found:
-        values = {name: value for name, value in of_rank[check].items() if name in global_steps}
-        assert_same_gradients(values, global_steps, rtol=2e-3)
+        values = {name: value for name, value in of_rank[check].items() if name in global_step}
+        assert_same_gradients(values, global_step, rtol=2e-3)
         # Which is not what they do each for itself.
         with pytest.raises(AssertionError, match="off by"):
             assert_same_gradients(values, mean(second_steps), rtol=2e-2)
