@@ -162,21 +162,6 @@ def test_half_precision_under_autocast(half, auto):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_kernels_take_joined_samples():
-    """In Triton's interpreter where there is no GPU."""
-    found = []
-    for impl in ("reference", "triton"):
-        infosam = with_bank(3, impl=impl, token="all").float()
-        for seed in (0, 10):
-            teacher, student = (to(f, torch.float32) for f in step(seed, image_index=[0, 1, 1], n_tokens=2))
-            own = in_training(student)
-            loss = infosam(teacher, own)
-        of_student, of_module = gradients(loss, own, infosam.relation)
-        found.append({"loss": loss.detach(), **of_student, **of_module})
-    for name, value in found[1].items():
-        assert_close_on_scale(value, found[0][name], name=name, rtol=1e-4)
-
-
 def test_a_buffer_of_the_teacher_may_be_written_again():
     infosam, other = with_bank(4), with_bank(4)
     buffer = step(0)[0]

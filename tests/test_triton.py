@@ -585,6 +585,21 @@ def test_the_loss_is_that_of_the_reference(dtype, image_index, detach, form):
         assert_close_on_scale(a, e, name=str(index), rtol=rtol, scale=largest if index > 4 else 0.0)
 
 
+@pytest.mark.parametrize("image_index", [None, [0, 1, 0, 2, 2]], ids=str)
+def test_the_loss_with_samples_of_earlier_steps_is_that_of_the_reference(image_index):
+    found = {}
+    for impl in ("triton", "reference"):
+        teacher, student, relation = setting(image_index=image_index)
+        infosam = InfoSAMLoss(12, bank_size=3, impl=impl).to(DEVICE)
+        infosam.relation = relation
+        infosam(teacher, student._replace(image_features=student.image_features.flip(-1)))
+        loss = infosam(teacher, student)
+        found[impl] = [loss.detach(), *(value for of in gradients(loss, student, relation) for value in of.values())]
+    largest = max(value.abs().max().item() for value in found["reference"][3:])
+    for index, (a, e) in enumerate(zip(*found.values(), strict=True)):
+        assert_close_on_scale(a, e, name=str(index), rtol=2e-6, scale=largest if index > 2 else 0.0)
+
+
 @pytest.mark.parametrize("parts", ["map", "tokens", "map, module", "tokens, module", "map, tokens, module"])
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens):
