@@ -15,7 +15,7 @@ from torch import nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms, tap
 from tests.support import gradients as gradients_of
-from tests.support import in_training, processes, relation_module
+from tests.support import in_training, living, processes, relation_module
 from tests.support.loops import (
     Loop,
     MiniSam,
@@ -577,12 +577,6 @@ def test_memory_does_not_grow_over_ten_thousand_steps():
     models, infosam_loss = [MiniSam(), MiniSam()], InfoSAMLoss(4)
     teacher, student = (tap(model) for model in models)
     batch, hooks = torch.randn(2, 3, 3, 3), hooks_of(models[1])
-
-    def living() -> tuple[int, int]:
-        gc.collect()
-        things = gc.get_objects()
-        # A compiler's tensors, of other tests, have no size.
-        return len(things), sum(thing.nbytes for thing in things if type(thing) in (torch.Tensor, nn.Parameter))
 
     for step in range(10_000):
         if step == 100:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, tap
+from tests.support import living
 from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
 
 
@@ -692,11 +693,6 @@ def test_memory_does_not_grow_over_many_steps(make):
     models[1].mask_decoder.requires_grad_(True)
     (teacher, student), loss = (tap(model, call=call) for model in models), InfoSAMLoss(DIM)
 
-    def live_bytes() -> int:
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
-
     for step in range(150):
         output = student(batch)
         task = output.pred_masks.mean() if call is None else sum(mask.mean() for mask in output)
@@ -710,8 +706,8 @@ def test_memory_does_not_grow_over_many_steps(make):
         student.model.zero_grad(), loss.zero_grad()
         del output, task
         if step == 20:
-            before = live_bytes()
-    assert live_bytes() <= before
+            before = living()[1]
+    assert living()[1] <= before
 
 
 # refusals

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from renyi_kd import RelationModule, SAMFeatures
 
@@ -66,3 +68,13 @@ def gradients(
     parameters = dict(relation.named_parameters())
     flat = torch.autograd.grad(loss, [*leaves.values(), *parameters.values()])
     return dict(zip(leaves, flat[:2], strict=True)), dict(zip(parameters, flat[2:], strict=True))
+
+
+def living() -> tuple[int, int]:
+    """Return how many objects there are, and the bytes of all tensors among them.
+
+    A compiler's tensors, which other tests may have left, are not counted: they have no size.
+    """
+    gc.collect()
+    things = gc.get_objects()
+    return len(things), sum(thing.nbytes for thing in things if type(thing) in (Tensor, nn.Parameter))
