@@ -131,8 +131,10 @@ def _gather(own: Tensor, counts: Sequence[int]) -> Tensor:
     """Return the rows of all processes, of which each has its number; without gradient."""
     most = max(counts)
     # Every process must send as much, laid out alike.
-    sent = own.new_zeros(most, *own.shape[1:])
-    sent[: len(own)] = own
+    sent = own.contiguous()
+    if len(own) < most:
+        sent = own.new_zeros(most, *own.shape[1:])
+        sent[: len(own)] = own
     received = own.new_empty(len(counts), *sent.shape)
     distributed.all_gather(list(received), sent)
     if min(counts) == most:

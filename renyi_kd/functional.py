@@ -94,7 +94,8 @@ def infosam_terms(
         TypeError: a feature is not a floating-point tensor.
         ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples,
             nothing of the student requires grad (while gradients are on), an argument is out of its range, or, under
-            ``check_finite``, a feature is not finite. Under ``global_batch`` then in every process.
+            ``check_finite``, a feature is not finite. Under ``global_batch``, features of teacher and student that do
+            not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
 
     Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
