@@ -24,9 +24,9 @@ from torch import Tensor
 from benchmarks import measure, textbook
 from benchmarks.loss import DIM, HEIGHT, WIDTH, make_features
 from renyi_kd import RelationModule, SAMFeatures, implementation, infosam_terms
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
+from renyi_kd.ops.relation_scores import relation_scores
 
 COLUMNS = (
     "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "n", "variables", "ms_p20", "ms_p50", "ms_p80",

@@ -1,17 +1,18 @@
 """The InfoSAM loss for fine-tuning Segment Anything models, and the matrix-based Rényi entropies behind it."""
 
-from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
-from renyi_kd.features import SAMFeatures
+from renyi_kd.feature_entropy import mutual_information_of, renyi_entropy_of
 from renyi_kd.functional import InfoSAMTerms, infosam_terms
 from renyi_kd.gram import gram_matrix
-from renyi_kd.kernels.dispatch import Implementation, implementation
 from renyi_kd.loss import InfoSAMLoss
-from renyi_kd.moments import mutual_information_of, renyi_entropy_of
+from renyi_kd.ops.dispatch import Implementation, implementation
 from renyi_kd.relation import RelationModule
-from renyi_kd.tap import Tap, tap
-from renyi_kd.teacher import AdapterDisabled, Teacher
+from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.tap import Tap, tap
+from renyi_kd.teachers.adapter_disabled import AdapterDisabled
+from renyi_kd.teachers.cached import CachedTeacher
+from renyi_kd.teachers.teacher import Teacher
 
 __version__ = "0.1.0"
 

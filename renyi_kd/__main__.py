@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from renyi_kd.report import report
-from renyi_kd.running import forward_parameters
+from renyi_kd.sam.report import report
+from renyi_kd.sam.run import forward_parameters
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,15 +8,14 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from renyi_kd.bank import SampleBank
-from renyi_kd.distributed import announce_refusal, gather_samples, n_processes
-from renyi_kd.features import SAMFeatures, check_features
-from renyi_kd.kernels.dispatch import Impl
-from renyi_kd.kernels.infosam_loss import infosam_loss
-from renyi_kd.kernels.infosam_loss.samples import Join, Samples
-from renyi_kd.kernels.infosam_terms.terms import Distillation
-from renyi_kd.pairing import images_of_pair
+from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.feature_terms import feature_terms
+from renyi_kd.ops.gram_terms.types import Distillation
 from renyi_kd.relation import RelationModule
+from renyi_kd.sam.features import SAMFeatures, check_features, images_of_pair
+from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.processes import announce_refusal, gather_samples, n_processes
+from renyi_kd.samples.samples import Join, Samples
 
 
 class InfoSAMTerms(NamedTuple):
@@ -97,7 +96,7 @@ def infosam_terms(
             ``check_finite``, a feature is not finite. Under ``global_batch``, features of teacher and student that do
             not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
 
-    Cost: four reads of each map and one write of the student's; see ``kernels``. Extra memory is O(s n h w) and a few
+    Cost: four reads of each map and one write of the student's; see ``ops``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
     and all scores, and the host waits for their numbers of samples.
 
@@ -160,7 +159,7 @@ def relation_terms(
     images_of = _images_in_all_processes if spans_processes else images_of_pair
     least = 1 if spans_processes or bank is not None else 2
     images = images_of(teacher, student, least=least, check_finite=check_finite)
-    terms = infosam_loss(
+    terms = feature_terms(
         teacher.image_features,
         student.image_features,
         teacher.mask_tokens,

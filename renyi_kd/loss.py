@@ -7,17 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from renyi_kd.bank import SampleBank
-from renyi_kd.cached_teacher import CachedTeacher
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.entropy import check_alpha
-from renyi_kd.features import SAMFeatures, check_features
 from renyi_kd.functional import InfoSAMTerms, check_distillation, check_weights, relation_terms
-from renyi_kd.kernels.dispatch import Impl, resolve
-from renyi_kd.kernels.infosam_terms.terms import Distillation
+from renyi_kd.ops.dispatch import Impl, resolve
+from renyi_kd.ops.gram_terms.types import Distillation
 from renyi_kd.relation import RelationModule
-from renyi_kd.tap import Tap
-from renyi_kd.teacher import Teacher
+from renyi_kd.sam.features import SAMFeatures, check_features
+from renyi_kd.sam.tap import Tap
+from renyi_kd.samples.bank import SampleBank
+from renyi_kd.teachers.cached import CachedTeacher
+from renyi_kd.teachers.teacher import Teacher
 
 Token = Literal["first", "all"] | int
 

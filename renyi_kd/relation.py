@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from renyi_kd.features import SAMFeatures, check_features, image_of_samples
-from renyi_kd.kernels.dispatch import Impl
-from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
+from renyi_kd.ops.relation_scores import relation_scores
+from renyi_kd.sam.features import SAMFeatures, check_features, image_of_samples
 
 
 class RelationModule(nn.Module):
@@ -29,7 +29,7 @@ class RelationModule(nn.Module):
     Shape: ``module(image_features [b, d, h, w], mask_tokens [s, n, d], image_index [s] or None)`` gives the relation
     maps ``[s, n, h, w]``, each sample's scores divided by their L2 norm; a sample whose scores are all zero stays so.
 
-    Cost: 2 D^2 + 6 D parameters (132,608 at D = 256); O(s n h w D / b) per image, see ``kernels/relation_scores``.
+    Cost: 2 D^2 + 6 D parameters (132,608 at D = 256); O(s n h w D / b) per image, see ``ops/relation_scores``.
 
     Source: Zhang et al., InfoSAM, ICML 2025: the relation module.
 

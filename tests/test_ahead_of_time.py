@@ -18,8 +18,8 @@ KERNELS = {
     "_batch_gram_fwd_kernel",
     "_gram_moment_bwd_kernel",
     "_gram_moment_fwd_kernel",
-    "_infosam_terms_bwd_kernel",
-    "_infosam_terms_fwd_kernel",
+    "_gram_terms_bwd_kernel",
+    "_gram_terms_fwd_kernel",
     "_relation_directions_bwd_kernel",
     "_relation_directions_fwd_kernel",
     "_relation_grams_kernel",
@@ -46,7 +46,7 @@ def test_kernels_compile_and_fit(target):
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == KERNELS
-    terms = [row["constants"] for row in rows if row["kernel"] == "_infosam_terms_fwd_kernel"]
+    terms = [row["constants"] for row in rows if row["kernel"] == "_gram_terms_fwd_kernel"]
     choices = {(constants["DETACH"], constants["CAUCHY_SCHWARZ"], constants["BLOCK_S"]) for constants in terms}
     assert choices == set(product((False, True), (False, True), (2, 4, 16, 32, 64, 256)))
     for row in rows:

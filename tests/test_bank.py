@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.gram_terms import gram_terms
 from tests.support import gradients, in_training, relation_module, sam_features, to
 from tests.support.tolerance import assert_close_on_scale
 
@@ -85,7 +85,7 @@ def test_earlier_samples_give_the_module_no_gradient():
         return torch.cat([relation.scores(*new[:2]), relation.scores(*old[:2]).detach()])
 
     both = together(teacher, old_teacher)
-    loss = terms_of_relations(
+    loss = gram_terms(
         batch_gram(both.image_features),
         batch_gram(both.mask_tokens),
         scores(teacher, old_teacher),

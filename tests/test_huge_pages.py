@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from renyi_kd.kernels import huge_pages
-from renyi_kd.kernels.huge_pages import advise_huge_pages
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops import huge_pages
+from renyi_kd.ops.huge_pages import advise_huge_pages
+from renyi_kd.ops.relation_scores import relation_scores
 
 LARGE = huge_pages._MIN_BYTES
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.batch_gram import reference as batch_gram_reference
-from renyi_kd.kernels.infosam_terms import infosam_terms
-from renyi_kd.kernels.relation_scores import reference as relation_scores_reference
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.batch_gram import reference as batch_gram_reference
+from renyi_kd.ops.gram_terms import gram_terms
+from renyi_kd.ops.relation_scores import reference as relation_scores_reference
+from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import randn
 from tests.support.kernels import (
     LAYOUTS,
@@ -268,7 +268,7 @@ def test_gram_propagates_nan():
     assert torch.equal(batch_gram(rows).isnan(), torch.tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]]).bool())
 
 
-# infosam_terms with the Cauchy-Schwarz divergence; tests/test_loss.py has both forms on features.
+# gram_terms with the Cauchy-Schwarz divergence; tests/test_loss.py has both forms on features.
 
 ROOT = 2**-0.5
 ALIKE, APART = [[1, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
@@ -296,7 +296,7 @@ IDENTITY = {s: torch.eye(s, dtype=torch.float64) for s in range(2, 7)}
 
 def divergence(teacher: Tensor, student: Tensor, **keywords) -> Tensor:
     grams = [IDENTITY[len(teacher)]] * 2
-    return infosam_terms(*grams, teacher, student, distillation="cauchy_schwarz", **keywords).distillation
+    return gram_terms(*grams, teacher, student, distillation="cauchy_schwarz", **keywords).distillation
 
 
 @pytest.mark.parametrize(("teacher", "student", "bits"), PAIRS.values(), ids=PAIRS)
@@ -312,8 +312,8 @@ def test_divergence_of_explicit_maps(teacher, student, bits, alpha):
 def test_loss_weighs_the_divergence():
     maps = [torch.tensor(x, dtype=torch.float64) for x in (CHAIN, TURNED)]
     grams = [torch.eye(3, dtype=torch.float64)] * 2
-    paper = infosam_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0)
-    terms = infosam_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0, distillation="cauchy_schwarz")
+    paper = gram_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0)
+    terms = gram_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0, distillation="cauchy_schwarz")
     assert torch.equal(terms.compression, paper.compression)
     assert terms.compression.item() == pytest.approx(math.log2(3 / 5))
     assert terms.loss.item() == pytest.approx(0.7 * math.log2(3 / 5) - 3 * math.log2(25 / 4.92**2))
@@ -331,7 +331,7 @@ def test_laws_of_the_divergence(seed, n_samples, n_scores, like, zeros, scale):
     teacher = randn(n_samples, n_scores, seed=seed, dtype=torch.float64)
     student = like * teacher + (1 - like) * randn(n_samples, n_scores, seed=seed + 20_000, dtype=torch.float64)
     student[:zeros] = 0
-    terms = infosam_terms(*[IDENTITY[n_samples]] * 2, teacher, student, distillation="cauchy_schwarz")
+    terms = gram_terms(*[IDENTITY[n_samples]] * 2, teacher, student, distillation="cauchy_schwarz")
     value = terms.distillation
     grams = terms.teacher_gram, terms.student_gram
     assert -1e-12 <= value < 43 + 2 * math.log2(n_samples)

@@ -26,10 +26,10 @@ from renyi_kd import (
     renyi_entropy,
     tap,
 )
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.dispatch import resolve
-from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.dispatch import resolve
+from renyi_kd.ops.gram_terms import gram_terms
+from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features, to
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 
@@ -637,7 +637,7 @@ CALLS_WITH_IMPL = {
     "RelationModule.scores": lambda impl: relation_module().scores(*TEACHER[:2], impl=impl),
     "relation_scores": lambda impl: relation_scores(TEACHER.image_features, TEACHER.mask_tokens, impl=impl),
     "batch_gram": lambda impl: batch_gram(TEACHER.image_features, impl=impl),
-    "terms_of_relations": lambda impl: terms_of_relations(*[torch.eye(3).double()] * 2, *[torch.eye(3)] * 2, impl=impl),
+    "gram_terms": lambda impl: gram_terms(*[torch.eye(3).double()] * 2, *[torch.eye(3)] * 2, impl=impl),
 }
 
 

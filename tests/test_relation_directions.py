@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
+from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
 from tests.support import randn
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from renyi_kd.__main__ import main
-from renyi_kd.report import report
+from renyi_kd.sam.report import report
 from tests.support.models import hf_batch, hf_sam, meta_batch, meta_sam, needs_transformers_with
 
 ROOT = Path(__file__).parent.parent

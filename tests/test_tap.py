@@ -516,7 +516,7 @@ def test_the_loss_can_be_computed_in_a_validation():
 
 
 def test_many_forgotten_calls_are_warned_of(monkeypatch):
-    monkeypatch.setattr(sys.modules["renyi_kd.tap"], "_MANY_CALLS", 3)
+    monkeypatch.setattr(sys.modules["renyi_kd.sam.tap"], "_MANY_CALLS", 3)
     student = tap(hf_sam())
     for _ in range(2):
         student(hf_batch())

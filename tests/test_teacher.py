@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from examples.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
-from renyi_kd.encoder_cache import EncoderCache
+from renyi_kd.teachers.encoder_cache import EncoderCache
 from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
-from renyi_kd.kernels import dispatch
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.gram_moment import SampleKernel, gram_moment
-from renyi_kd.kernels.infosam_terms import infosam_terms as terms_of_relations
-from renyi_kd.kernels.infosam_terms.terms import RelationTerms
-from renyi_kd.kernels.relation_directions import RelationWeights, relation_directions
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops import dispatch
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
+from renyi_kd.ops.gram_terms import gram_terms
+from renyi_kd.ops.gram_terms.types import RelationTerms
+from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
+from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
 from tests.support.kernels import (
     LAYOUTS,
@@ -38,15 +38,15 @@ from tests.test_relation_directions import inputs as directions_inputs
 from tests.test_relation_directions import textbook as textbook_directions
 from tests.test_relation_directions import value_and_gradients as of_directions
 
-batch_gram_triton = pytest.importorskip("renyi_kd.kernels.batch_gram.triton", reason="Triton is Linux only")
-import renyi_kd.kernels.infosam_terms.triton  # noqa: E402, F401  (its operators are known from here on)
-from renyi_kd.kernels.gram_moment import triton as gram_moment_triton  # noqa: E402
-from renyi_kd.kernels.infosam_loss import teacher_pass  # noqa: E402
-from renyi_kd.kernels.infosam_loss import triton as infosam_loss_triton  # noqa: E402
-from renyi_kd.kernels.infosam_terms import passes as infosam_terms_passes  # noqa: E402
-from renyi_kd.kernels.relation_directions import triton as relation_directions_triton  # noqa: E402
-from renyi_kd.kernels.relation_scores import reference as relation_scores_reference  # noqa: E402
-from renyi_kd.kernels.relation_scores import triton as relation_scores_triton  # noqa: E402
+batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="Triton is Linux only")
+import renyi_kd.ops.gram_terms.triton  # noqa: E402, F401  (its operators are known from here on)
+from renyi_kd.ops.feature_terms import teacher_kernel  # noqa: E402
+from renyi_kd.ops.feature_terms import triton as feature_terms_triton  # noqa: E402
+from renyi_kd.ops.gram_moment import triton as gram_moment_triton  # noqa: E402
+from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels  # noqa: E402
+from renyi_kd.ops.relation_directions import triton as relation_directions_triton  # noqa: E402
+from renyi_kd.ops.relation_scores import reference as relation_scores_reference  # noqa: E402
+from renyi_kd.ops.relation_scores import triton as relation_scores_triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -243,7 +243,7 @@ def test_gradient_of_rows_that_overlap():
 def check_teacher_pass(x: Tensor, directions: Tensor, slack: float = 4.0) -> None:
     """Compare scores and Gram with the textbook's; the interpreter sums one after the other, the textbook in a tree."""
     (offsets,) = on_device(randn(len(x), seed=5))
-    scores, parts = teacher_pass.launch(x, directions[:, 0].contiguous(), offsets, 1e-5)
+    scores, parts = teacher_kernel.launch(x, directions[:, 0].contiguous(), offsets, 1e-5)
     eager, exact = (
         textbook_scores(x.to(dtype), directions.to(dtype)).squeeze(1) + offsets.to(dtype)[:, None]
         for dtype in (torch.float32, torch.float64)
@@ -268,8 +268,8 @@ def test_teacher_pass_of_any_number_of_images(n_images, layout):
 @pytest.mark.parametrize("n_blocks", [1, 5])
 @pytest.mark.parametrize("n_programs", [2, 512])
 def test_teacher_pass_around_the_edges_of_tiles(delta, n_blocks, n_programs, monkeypatch):
-    monkeypatch.setattr(teacher_pass, "_PROGRAMS", n_programs)
-    check_teacher_pass(*teacher_inputs(3, 8, 1, n_blocks * teacher_pass.RUN + delta))
+    monkeypatch.setattr(teacher_kernel, "_PROGRAMS", n_programs)
+    check_teacher_pass(*teacher_inputs(3, 8, 1, n_blocks * teacher_kernel.RUN + delta))
 
 
 @pytest.mark.parametrize("n_channels", [3, 4, 5, 16, 37, 256])
@@ -309,7 +309,7 @@ def test_teacher_pass_over_dead_pixels():
     # The last bit of a few channels is still nothing but rounding.
     x[0, ::3] = torch.where(x[0, ::3] > 200, x[0, ::3].nextafter(torch.tensor(1e3, device=x.device)), x[0, ::3])
     offsets = torch.tensor([1.5, -2.5], device=x.device)
-    scores, _ = teacher_pass.launch(x, directions[:, 0], offsets, 1e-5)
+    scores, _ = teacher_kernel.launch(x, directions[:, 0], offsets, 1e-5)
     dead = scores == offsets[:, None]
     assert dead[0, 12:].all()
     assert dead[1, 39]
@@ -319,15 +319,15 @@ def test_teacher_pass_over_dead_pixels():
 def test_teacher_pass_keeps_nan_where_it_is():
     x, directions = teacher_inputs(3, 8, 3, 5)
     x[1, 2, 1, 3] = math.nan
-    scores, parts = teacher_pass.launch(x, directions[:, 0], torch.zeros(3, device=x.device), 1e-5)
+    scores, parts = teacher_kernel.launch(x, directions[:, 0], torch.zeros(3, device=x.device), 1e-5)
     assert scores.isnan().nonzero().tolist() == [[1, 8]]
     gram = parts.sum(0)
     assert gram.isnan().nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 2], [2, 1]]
 
 
-# infosam_terms.
+# gram_terms.
 
-BLOCK_L = infosam_terms_passes.map_blocks(4)["BLOCK_L"]
+BLOCK_L = gram_terms_kernels.map_blocks(4)["BLOCK_L"]
 DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
 SIZES = [
     (2, 1),
@@ -355,7 +355,7 @@ def relations(n_samples: int, n_scores: int, dtype: torch.dtype = torch.float32)
 def terms_and_gradients(impl, arguments, upstream=(-1.7, 0.4, -2.1), **keywords) -> tuple[RelationTerms, list[Tensor]]:
     image_gram, token_gram, *maps = arguments
     maps = [scores.detach().requires_grad_() for scores in maps]
-    terms = terms_of_relations(image_gram, token_gram, *maps, impl=impl, **keywords)
+    terms = gram_terms(image_gram, token_gram, *maps, impl=impl, **keywords)
     total = sum(weight * term for weight, term in zip(upstream, terms[:3], strict=True) if weight)
     return terms, list(torch.autograd.grad(total, maps))
 
@@ -387,9 +387,9 @@ def test_terms_of_relations(size, dtype, form):
 @pytest.mark.parametrize("limit", ["_PARTIAL_ELEMENTS", "_PART_ELEMENTS"])
 def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, monkeypatch):
     arguments = relations(5, 4 * BLOCK_L + 3)
-    expected = terms_of_relations(*arguments, impl="triton")
-    monkeypatch.setattr(infosam_terms_passes, limit, elements)
-    for a, e in zip(terms_of_relations(*arguments, impl="triton"), expected, strict=True):
+    expected = gram_terms(*arguments, impl="triton")
+    monkeypatch.setattr(gram_terms_kernels, limit, elements)
+    for a, e in zip(gram_terms(*arguments, impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -462,7 +462,7 @@ def test_divergence_of_equal_relations_is_zero_without_gradient():
 def test_nan_reaches_the_loss(form):
     arguments = relations(4, 50)
     arguments[3][2, 7] = math.nan
-    terms = terms_of_relations(*arguments, distillation=form, impl="triton")
+    terms = gram_terms(*arguments, distillation=form, impl="triton")
     assert terms.loss.isnan()
     assert terms.distillation.isnan()
     assert not terms.compression.isnan()
@@ -810,12 +810,12 @@ def operator_arguments() -> dict[str, tuple]:
     student = [value.clone().requires_grad_() for value in (x.detach(), tokens)]
     weights = [value.requires_grad_() for value in weights]
     features = x.detach(), student[0], tokens + 1, student[1]
-    saved = infosam_loss_triton._forward(*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)[5:]
+    saved = feature_terms_triton._forward(*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)[5:]
     saved = [value.detach() for value in saved]
     one = torch.ones((), device=DEVICE)
     return {
-        "infosam_loss": (*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False),
-        "infosam_loss_backward": (
+        "feature_terms": (*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False),
+        "feature_terms_backward": (
             *(features[0], *student),
             weights,
             saved,
@@ -832,8 +832,8 @@ def operator_arguments() -> dict[str, tuple]:
         "relation_scores_backward": (x, directions, torch.ones(2, 2, 15, device=DEVICE), 1e-5, True, True),
         "batch_gram": (rows,),
         "batch_gram_backward": (rows, torch.ones(2, 2, dtype=torch.float64, device=DEVICE)),
-        "infosam_terms": (image_gram, token_gram, *maps, 1.0, 0.5, "mutual_information", False),
-        "infosam_terms, cauchy_schwarz": (image_gram, token_gram, *maps, 1.0, 0.5, "cauchy_schwarz", False),
+        "gram_terms": (image_gram, token_gram, *maps, 1.0, 0.5, "mutual_information", False),
+        "gram_terms, cauchy_schwarz": (image_gram, token_gram, *maps, 1.0, 0.5, "cauchy_schwarz", False),
         "gram_moment": ([rows, rows.detach().clone().requires_grad_()], "linear rbf", [0.0, 1.5], [1, 1]),
         "gram_moment_backward": (
             [rows, rows],
@@ -843,23 +843,23 @@ def operator_arguments() -> dict[str, tuple]:
             [1, 1],
             1,
         ),
-        "infosam_terms_backward": (*maps, mix, torch.ones((), device=DEVICE), None, None, 1.0, 0.5),
+        "gram_terms_backward": (*maps, mix, torch.ones((), device=DEVICE), None, None, 1.0, 0.5),
     }
 
 
 # Named, as making the arguments runs kernels, which must not fail before the first test.
 OPERATORS = (
-    "infosam_loss",
-    "infosam_loss_backward",
+    "feature_terms",
+    "feature_terms_backward",
     "relation_scores",
     "relation_scores_backward",
     "batch_gram",
     "batch_gram_backward",
-    "infosam_terms",
-    "infosam_terms, cauchy_schwarz",
+    "gram_terms",
+    "gram_terms, cauchy_schwarz",
     "gram_moment",
     "gram_moment_backward",
-    "infosam_terms_backward",
+    "gram_terms_backward",
 )
 
 
@@ -902,7 +902,7 @@ def test_operators_of_the_backward_are_well_registered(name):
         *[
             (
                 lambda x, _, form=form: (
-                    terms_of_relations(
+                    gram_terms(
                         *relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, distillation=form, impl="triton"
                     ).loss
                 ),
@@ -915,8 +915,8 @@ def test_operators_of_the_backward_are_well_registered(name):
         "relation_scores",
         "batch_gram",
         "gram_moment",
-        "infosam_loss",
-        *(f"infosam_terms, {form}" for form in DISTILLATIONS),
+        "feature_terms",
+        *(f"gram_terms, {form}" for form in DISTILLATIONS),
     ],
 )
 def test_second_derivative_is_refused(function, way_out):
@@ -1013,7 +1013,7 @@ def test_gpus_that_are_not_supported_are_named(capability, version, obstacle, mo
     [
         (lambda ones: relation_scores(ones(1, 4097, 1, 1), ones(1, 1, 4097), impl="triton"), "4097 channels"),
         (
-            lambda ones: terms_of_relations(*[ones(257, 257).double()] * 2, *[ones(257, 2)] * 2, impl="triton"),
+            lambda ones: gram_terms(*[ones(257, 257).double()] * 2, *[ones(257, 2)] * 2, impl="triton"),
             "257 samples",
         ),
         (lambda ones: gram_moment([ones(2, 2)] * 5, [LINEAR] * 5, impl="triton"), "5 variables"),

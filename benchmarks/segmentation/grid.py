@@ -23,7 +23,7 @@ from benchmarks.segmentation.rows import Row, read, write
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.training import Run
 from examples.models import load_sam
-from renyi_kd.encoder_cache import fingerprint
+from renyi_kd.teachers.encoder_cache import fingerprint
 
 # Thin and branching: a box says little of a road.
 FIVE_POINTS = ("aerial_roads",)

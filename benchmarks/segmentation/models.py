@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.segmentation.observation import Observation
 from examples.models import Sam
 from renyi_kd import CachedTeacher, SAMFeatures, Tap, tap
-from renyi_kd.cached_teacher import encoder_of
+from renyi_kd.teachers.cached import encoder_of
 
 Batch = dict[str, Any]
 # SemCKD and ReviewKD take as many stages as the pyramids that they were written for.

@@ -9,9 +9,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from renyi_kd.kernels.batch_gram import batch_gram
-from renyi_kd.kernels.dispatch import Impl
-from renyi_kd.kernels.relation_scores import relation_scores
+from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import randn
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 

@@ -1,0 +1,27 @@
+"""Second moment of a Hadamard product of Gram matrices of many samples, without an n x n matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from renyi_kd.ops.dispatch import Impl, resolve
+from renyi_kd.ops.gram_moment import reference
+from renyi_kd.ops.gram_moment.types import SampleKernel
+
+__all__ = ["SampleKernel", "gram_moment"]
+
+MAX_VARIABLES = 4
+
+
+def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel], *, impl: Impl = "auto") -> Tensor:
+    """Return what :func:`reference.gram_moment` defines, by the implementation that ``impl`` names."""
+    limits = []
+    if len(features) > MAX_VARIABLES:
+        limits.append(f"{len(features)} variables (the kernels take at most {MAX_VARIABLES})")
+    if resolve(impl, *features, limits=limits) == "triton":
+        from renyi_kd.ops.gram_moment import triton
+
+        return triton.gram_moment(features, kernels)
+    return reference.gram_moment(features, kernels)

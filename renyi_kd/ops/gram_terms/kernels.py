@@ -1,0 +1,350 @@
+r"""Both terms of the loss and the gradient of the relation maps, in fp64, with two launches forward and one backward.
+
+With t, s, a, b the Grams of teacher's and student's relations, image features and mask tokens at unit diagonal, and
+q_t = sum t^2, q_s = sum s^2, q_j = sum (a b t)^2, q_b = sum (t s)^2 over all n^2 entries, at alpha = 2:
+
+    L_r = log2(q_j / q_t)         L_d = log2(q_t q_s / (q_b n^2))
+    dL_r/dt = 2 t (a^2 b^2 / q_j - 1 / q_t) / ln 2
+    dL_d/dt = 2 t (1 / q_t - s^2 / q_b) / ln 2          dL_d/ds = 2 s (1 / q_s - t^2 / q_b) / ln 2
+
+or, as the Cauchy-Schwarz divergence, with q_c = sum t s and m = max(q_c, 2^-20 n):
+
+    L_d = log2(q_t q_s / m^2) + 2 (1 - q_c / m) / ln 2
+    dL_d/dt = 2 (t / q_t - s / m) / ln 2                dL_d/ds = 2 (s / q_s - t / m) / ln 2
+
+and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, H the gradient above off the diagonal:
+
+    dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
+
+The forward makes partial Grams of stretches of both maps; one program sums them (where they are many, a launch of its
+own does) and makes terms and the matrices 2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has
+r_i = 0. Extra memory: at most 8 MiB of partial Grams, and nine s x s matrices.
+
+Maps in fp16, bf16 or fp32; contiguous; few samples; alpha = 2. First derivatives only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT
+
+# Elements of a tile of fp64 numbers; not measured on a GPU yet.
+_TILE_ELEMENTS = 2048
+# 8 MiB of partial Grams.
+_PARTIAL_ELEMENTS = 2**20
+# Of one set of partial Grams, that one program sums in about the time of a launch; not measured on a GPU yet.
+_PART_ELEMENTS = 2**14
+NUM_WARPS = 4
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LEAST_PRODUCT = tl.constexpr(LEAST_PRODUCT)
+
+
+@triton.jit
+def _store_products(
+    rows_ptr, gram_ptr, n_samples, n_columns, first_column, n_steps, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Store the products of all rows over n_steps stretches of their columns."""
+    samples = tl.arange(0, BLOCK_S).to(tl.int64)
+    in_s = samples < n_samples
+    for i in range(n_samples):
+        products = tl.zeros((BLOCK_S,), tl.float64)
+        for step in range(n_steps):
+            places = first_column + step * BLOCK_L + tl.arange(0, BLOCK_L)
+            in_l = places < n_columns
+            x = tl.load(
+                rows_ptr + samples[:, None] * n_columns + places[None, :],
+                mask=in_s[:, None] & in_l[None, :], other=0.0,
+            )  # fmt: skip
+            row = tl.load(rows_ptr + tl.cast(i, tl.int64) * n_columns + places, mask=in_l, other=0.0)
+            # By way of fp32, which every dtype reaches.
+            products += tl.sum(x.to(tl.float32).to(tl.float64) * row.to(tl.float32).to(tl.float64)[None, :], 1)
+        tl.store(gram_ptr + i * n_samples + samples, products, mask=in_s)
+
+
+@triton.jit
+def _relation_grams_kernel(
+    teacher_ptr, student_ptr, tokens_ptr, partial_ptr, n_samples, n_scores, n_token_columns, n_steps,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write partial Grams of a stretch of the teacher's maps, the student's or, where they are given, the tokens."""
+    first_column = tl.program_id(0).to(tl.int64) * n_steps * BLOCK_L
+    matrix = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    gram_ptr = partial_ptr + matrix * n_samples * n_samples
+    if tl.program_id(1) == 0:
+        _store_products(teacher_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
+    elif tl.program_id(1) == 1:
+        _store_products(student_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
+    elif tokens_ptr is not None:
+        _store_products(tokens_ptr, gram_ptr, n_samples, n_token_columns, first_column, n_steps, BLOCK_S, BLOCK_L)
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, gram_ptr, n_parts, n_entries, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of partial Grams."""
+    for first in range(0, n_entries, BLOCK_E):
+        entries = first + tl.arange(0, BLOCK_E)
+        total = tl.zeros((BLOCK_E,), tl.float64)
+        for start in range(0, n_parts, BLOCK_K):
+            parts = start + tl.arange(0, BLOCK_K)
+            values = tl.load(
+                parts_ptr + parts.to(tl.int64)[:, None] * n_entries + entries[None, :],
+                mask=(parts < n_parts)[:, None] & (entries < n_entries)[None, :], other=0.0,
+            )  # fmt: skip
+            total += tl.sum(values.to(tl.float64), 0)
+        tl.store(gram_ptr + entries, total, mask=entries < n_entries)
+
+
+@triton.jit
+def _unit(gram_ptr, rows, columns, inside, n_samples):
+    """Return a block of a Gram with unit diagonal, and the scale of its rows and columns; 0 for a zero sample."""
+    of_rows = tl.load(gram_ptr + rows * (n_samples + 1), mask=rows < n_samples, other=0.0)
+    of_columns = tl.load(gram_ptr + columns * (n_samples + 1), mask=columns < n_samples, other=0.0)
+    row_scale = tl.where(of_rows == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_rows == 0, 1.0, of_rows)))
+    column_scale = tl.where(of_columns == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_columns == 0, 1.0, of_columns)))
+    gram = tl.load(gram_ptr + rows[:, None] * n_samples + columns[None, :], mask=inside, other=0.0)
+    unit = gram * row_scale[:, None] * column_scale[None, :]
+    diagonal = (rows[:, None] == columns[None, :]) & inside
+    # NaN stays: it is not equal to itself.
+    return tl.where(diagonal & (unit == unit), 1.0, unit), row_scale, column_scale
+
+
+@triton.jit
+def _through_unit_diagonal(grad, unit, row_scale, column_scale, diagonal):
+    """Return twice the gradient of the raw Gram from that of the one with unit diagonal."""
+    grad = tl.where(diagonal, 0.0, grad)
+    of_diagonal = -tl.sum(grad * unit, 1) * row_scale * row_scale
+    return 2.0 * tl.where(diagonal, of_diagonal[:, None], grad * row_scale[:, None] * column_scale[None, :])
+
+
+@triton.jit
+def _gram_terms_fwd_kernel(
+    image_parts_ptr, token_parts_ptr, teacher_parts_ptr, student_parts_ptr, grams_ptr,
+    loss_ptr, compression_ptr, distillation_ptr, teacher_unit_ptr, student_unit_ptr, mix_ptr,
+    n_samples, n_image_parts, n_token_parts, n_relation_parts, lambda_r, lambda_d,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    DETACH: tl.constexpr, CAUCHY_SCHWARZ: tl.constexpr,
+):  # fmt: skip
+    """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows."""
+    size = n_samples * n_samples
+    image_ptr, token_ptr = grams_ptr, grams_ptr + size
+    teacher_ptr, student_ptr = grams_ptr + 2 * size, grams_ptr + 3 * size
+    _sum_parts(image_parts_ptr, image_ptr, n_image_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(token_parts_ptr, token_ptr, n_token_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(teacher_parts_ptr, teacher_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
+    _sum_parts(student_parts_ptr, student_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
+    # Those who read an entry are not the threads that wrote it.
+    tl.debug_barrier()
+    columns = tl.arange(0, BLOCK_S)
+    in_columns = columns < n_samples
+    of_teacher = tl.zeros((BLOCK_R,), tl.float64)
+    of_student = tl.zeros((BLOCK_R,), tl.float64)
+    of_joint = tl.zeros((BLOCK_R,), tl.float64)
+    of_both = tl.zeros((BLOCK_R,), tl.float64)
+    for block in range(tl.cdiv(n_samples, BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (rows < n_samples)[:, None] & in_columns[None, :]
+        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
+        teacher, _, _ = _unit(teacher_ptr, rows, columns, inside, n_samples)
+        student, _, _ = _unit(student_ptr, rows, columns, inside, n_samples)
+        joint, both = image * token * teacher, teacher * student
+        of_teacher += tl.sum(teacher * teacher, 1)
+        of_student += tl.sum(student * student, 1)
+        of_joint += tl.sum(joint * joint, 1)
+        if CAUCHY_SCHWARZ:
+            of_both += tl.sum(both, 1)
+        else:
+            of_both += tl.sum(both * both, 1)
+    q_teacher, q_student = tl.sum(of_teacher, 0), tl.sum(of_student, 0)
+    q_joint, q_both = tl.sum(of_joint, 0), tl.sum(of_both, 0)
+    compression = tl.log2(q_joint) - tl.log2(q_teacher)
+    if CAUCHY_SCHWARZ:
+        least = _LEAST_PRODUCT * tl.cast(n_samples, tl.float64)
+        product = tl.maximum(q_both, least)
+        distillation = tl.log2(q_teacher) + tl.log2(q_student) - 2.0 * tl.log2(product)
+        distillation += 2.0 / _LN_2 * (1.0 - q_both / product)
+    else:
+        distillation = (
+            tl.log2(q_teacher) + tl.log2(q_student) - tl.log2(q_both) - 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
+        )
+    loss = lambda_r * compression + lambda_d * distillation
+    tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    tl.store(compression_ptr, compression.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    tl.store(distillation_ptr, distillation.to(tl.float32).to(loss_ptr.dtype.element_ty))
+    for block in range(tl.cdiv(n_samples, BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (rows < n_samples)[:, None] & in_columns[None, :]
+        diagonal = rows[:, None] == columns[None, :]
+        places = rows[:, None] * n_samples + columns[None, :]
+        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
+        teacher, row_scale, column_scale = _unit(teacher_ptr, rows, columns, inside, n_samples)
+        student, student_row_scale, student_column_scale = _unit(student_ptr, rows, columns, inside, n_samples)
+        given = image * token
+        grad = 2.0 / _LN_2 * teacher * (given * given / q_joint - 1.0 / q_teacher)
+        mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
+        tl.store(mix_ptr + places, mix, mask=inside)
+        if CAUCHY_SCHWARZ:
+            grad = 2.0 / _LN_2 / product * (teacher * (product / q_teacher) - student)
+        else:
+            grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
+        if DETACH:
+            grad = tl.zeros_like(grad)
+        mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
+        tl.store(mix_ptr + size + places, mix, mask=inside)
+        if CAUCHY_SCHWARZ:
+            grad = 2.0 / _LN_2 / product * (student * (product / q_student) - teacher)
+        else:
+            grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
+        mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
+        tl.store(mix_ptr + 2 * size + places, mix, mask=inside)
+        tl.store(teacher_unit_ptr + places, teacher, mask=inside)
+        tl.store(student_unit_ptr + places, student, mask=inside)
+
+
+@triton.jit
+def _gram_terms_bwd_kernel(
+    teacher_ptr, student_ptr, mix_ptr, grad_loss_ptr, grad_compression_ptr, grad_distillation_ptr,
+    grad_teacher_ptr, grad_student_ptr, n_samples, n_scores, lambda_r, lambda_d,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one stretch of the teacher's or the student's maps."""
+    on_compression = tl.zeros((), tl.float64)
+    on_distillation = tl.zeros((), tl.float64)
+    if grad_loss_ptr is not None:
+        grad_loss = tl.load(grad_loss_ptr).to(tl.float32).to(tl.float64)
+        on_compression += lambda_r * grad_loss
+        on_distillation += lambda_d * grad_loss
+    if grad_compression_ptr is not None:
+        on_compression += tl.load(grad_compression_ptr).to(tl.float32).to(tl.float64)
+    if grad_distillation_ptr is not None:
+        on_distillation += tl.load(grad_distillation_ptr).to(tl.float32).to(tl.float64)
+    of_student = tl.program_id(1) == 1
+    scores_ptr = teacher_ptr
+    grad_ptr = grad_teacher_ptr
+    if of_student:
+        scores_ptr = student_ptr
+        grad_ptr = grad_student_ptr
+    size = n_samples * n_samples
+    samples = tl.arange(0, BLOCK_S).to(tl.int64)
+    places = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    in_s, in_l = samples < n_samples, places < n_scores
+    grad = tl.zeros((BLOCK_S, BLOCK_L), tl.float64)
+    for j in range(n_samples):
+        entries = mix_ptr + samples * n_samples + j
+        if of_student:
+            weights = on_distillation * tl.load(entries + 2 * size, mask=in_s, other=0.0)
+        else:
+            weights = on_compression * tl.load(entries, mask=in_s, other=0.0)
+            weights += on_distillation * tl.load(entries + size, mask=in_s, other=0.0)
+        row = tl.load(scores_ptr + tl.cast(j, tl.int64) * n_scores + places, mask=in_l, other=0.0)
+        grad += weights[:, None] * row.to(tl.float32).to(tl.float64)[None, :]
+    tl.store(
+        grad_ptr + samples[:, None] * n_scores + places[None, :], grad.to(tl.float32).to(grad_ptr.dtype.element_ty),
+        mask=in_s[:, None] & in_l[None, :],
+    )  # fmt: skip
+
+
+def map_blocks(n_samples: int) -> dict[str, int]:
+    """Return the sizes of a tile of relation maps."""
+    block_s = triton.next_power_of_2(n_samples)
+    return {"BLOCK_S": block_s, "BLOCK_L": min(128, max(8, _TILE_ELEMENTS // block_s))}
+
+
+def gram_blocks(n_samples: int) -> dict[str, int]:
+    """Return the sizes of a block of rows of the Grams, and of one of their parts and entries."""
+    block_s = triton.next_power_of_2(n_samples)
+    block_e = min(_TILE_ELEMENTS, block_s**2)
+    return {
+        "BLOCK_R": max(1, min(block_s, _TILE_ELEMENTS // (4 * block_s))), "BLOCK_S": block_s,
+        "BLOCK_K": _TILE_ELEMENTS // block_e, "BLOCK_E": block_e,
+        "num_warps": NUM_WARPS if block_s < 64 else 2 * NUM_WARPS,
+    }  # fmt: skip
+
+
+def launch_forward(
+    image_parts: Tensor,
+    token_parts: Tensor | None,
+    teacher_tokens: Tensor | None,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    distillation: str,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by, by two launches or some more.
+
+    Grams are given in parts ``[parts, s, s]``, fp32 or fp64; in place of the tokens' the tokens ``[s, k]``.
+    """
+    n_samples, n_scores = teacher_scores.shape
+    n_token_columns = 0 if teacher_tokens is None else teacher_tokens.shape[1]
+    blocks = map_blocks(n_samples)
+    n_matrices = 2 if teacher_tokens is None else 3
+    n_stretches = triton.cdiv(max(n_scores, n_token_columns), blocks["BLOCK_L"])
+    n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (n_matrices * n_samples**2)))
+    n_programs = triton.cdiv(n_stretches, n_steps)
+    parts = teacher_scores.new_empty(n_matrices, n_programs, n_samples, n_samples, dtype=torch.float64)
+    with torch.cuda.device_of(teacher_scores):
+        _relation_grams_kernel[(n_programs, n_matrices)](
+            teacher_scores, student_scores, teacher_tokens, parts,
+            n_samples, n_scores, n_token_columns, n_steps, **blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        relation_parts = _few(parts, 1)
+        if token_parts is None:
+            token_parts = relation_parts[2]
+        image_parts = _few(image_parts, 0)
+        grams = parts.new_empty(4, n_samples, n_samples)
+        outputs = empty_outputs(parts, teacher_scores)
+        _gram_terms_fwd_kernel[(1,)](
+            image_parts, token_parts, relation_parts[0], relation_parts[1], grams, *outputs,
+            n_samples, len(image_parts), len(token_parts), relation_parts.shape[1], lambda_r, lambda_d,
+            **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
+        )  # fmt: skip
+    return outputs
+
+
+def _few(parts: Tensor, dim: int) -> Tensor:
+    """Return the parts, or their sum as the only one where one program would sum them for too long."""
+    n_parts, n_samples = parts.shape[dim], parts.shape[-1]
+    few = n_parts == 1 or n_parts * n_samples**2 <= _PART_ELEMENTS
+    return parts if few else parts.sum(dim, keepdim=True, dtype=torch.float64)
+
+
+def empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return room for what the forward returns."""
+    loss, compression, distillation = (scores.new_empty(()) for _ in range(3))
+    shape = gram.shape[-2:]
+    return (
+        loss, compression, distillation,
+        gram.new_empty(shape), gram.new_empty(shape), gram.new_empty(3, *shape),
+    )  # fmt: skip
+
+
+def launch_backward(
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    mix: Tensor,
+    grad_loss: Tensor | None,
+    grad_compression: Tensor | None,
+    grad_distillation: Tensor | None,
+    lambda_r: float,
+    lambda_d: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both maps, by one launch."""
+    teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
+    n_samples, n_scores = teacher_scores.shape
+    grad_teacher, grad_student = torch.empty_like(teacher_scores), torch.empty_like(student_scores)
+    blocks = map_blocks(n_samples)
+    with torch.cuda.device_of(teacher_scores):
+        _gram_terms_bwd_kernel[(triton.cdiv(n_scores, blocks["BLOCK_L"]), 2)](
+            teacher_scores, student_scores, mix, grad_loss, grad_compression, grad_distillation,
+            grad_teacher, grad_student, n_samples, n_scores, lambda_r, lambda_d, **blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_teacher, grad_student

@@ -1,0 +1,85 @@
+"""The two terms of InfoSAM as entropies: compression of the teacher's relation, distillation to the student's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from renyi_kd.entropy import renyi_entropy
+from renyi_kd.gram import unit_diagonal
+from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT, Distillation, RelationTerms
+
+
+def gram_terms(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
+    alpha: float = 2.0,
+    distillation: Distillation = "mutual_information",
+    detach_teacher: bool = False,
+) -> RelationTerms:
+    """Return the compression term L_r, the distillation term L_d and their weighted sum, in bits.
+
+    With the Grams of image features Z_I, mask tokens Z_M and relation maps R, each scaled to a unit diagonal:
+    ``L_r = S(R_T) - S(Z_I, Z_M, R_T)``: what the teacher's relation says of its inputs, less S(Z_I, Z_M), which does
+    not depend on the relation; ``L_d = -I(R_T; R_S)``. For n samples ``-log2 n <= L_r <= 0`` and
+    ``L_d >= -min(S(R_T), S(R_S))``. L_d is not smallest where the student equals the teacher, but where the
+    student's relations are orthogonal to each other.
+
+    Under ``distillation="cauchy_schwarz"`` L_d is instead the Cauchy-Schwarz divergence of the Grams of R_T and R_S,
+    ``-log2(<G_T, G_S>^2 / (||G_T||_F^2 ||G_S||_F^2))``: symmetric, not negative but for rounding, zero exactly where
+    the Grams are equal, not blind to signs, and independent of alpha. It would be infinite where the Grams are
+    orthogonal, as those of (1, 1) and (1, -1) are; where ``<G_T, G_S> < 2^-20 s``, which is nowhere below 40 bits, the
+    logarithm goes on along its tangent, so that ``L_d < 43 + 2 log2 s`` and every gradient is finite.
+
+    Args:
+        image_gram: ``[s, s]`` in fp64: inner products of the teacher's image features.
+        token_gram: ``[s, s]`` in fp64: of the teacher's mask tokens.
+        teacher_scores: ``[s, ...]``: the teacher's relation maps, in any scale.
+        student_scores: the student's, of the same shape.
+        lambda_r: weight of L_r.
+        lambda_d: weight of L_d.
+        alpha: order of the entropies, in (0, inf].
+        distillation: which L_d, as above.
+        detach_teacher: whether L_d takes the teacher's Gram as a constant.
+
+    Returns:
+        :class:`RelationTerms`, the loss and terms in the dtype of the scores. First derivatives for the scores.
+
+    Cost: O(s^2) products of score maps in fp64; then O(s^2) at alpha = 2, O(s^3) elsewhere.
+
+    Source: Zhang et al., InfoSAM, ICML 2025: the compression loss L_r and, by default, the distillation loss L_d.
+
+    """
+    # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
+    relations = torch.stack([teacher_scores.double(), student_scores.double()]).flatten(2)
+    grams = torch.cat([torch.stack([image_gram, token_gram]), relations @ relations.mT])
+    image, token, teacher, student = unit_diagonal(grams).unbind()
+    target = teacher.detach() if detach_teacher else teacher
+    # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
+    grams_of_compression = [teacher, image * token * teacher]
+    if distillation == "cauchy_schwarz":
+        marginal, joint = renyi_entropy(torch.stack(grams_of_compression), alpha)
+        l_d = _cauchy_schwarz_divergence(target, student)
+    else:
+        marginal, joint, fixed, of_student, both = renyi_entropy(
+            torch.stack([*grams_of_compression, target, student, target * student]), alpha
+        )
+        l_d = both - fixed - of_student
+    l_r = marginal - joint
+    loss = lambda_r * l_r + lambda_d * l_d
+    dtype = teacher_scores.dtype
+    return RelationTerms(loss.to(dtype), l_r.to(dtype), l_d.to(dtype), teacher.detach(), student.detach())
+
+
+def _cauchy_schwarz_divergence(a: Tensor, b: Tensor) -> Tensor:
+    product, least = (a * b).sum(), LEAST_PRODUCT * len(a)
+    # One logarithm each: equal Grams give three equal sums, of which nothing is left.
+    bits = a.square().sum().log2() + b.square().sum().log2() - 2 * product.clamp_min(least).log2()
+    return bits + 2 / (least * math.log(2)) * (least - product).relu()

@@ -1,0 +1,115 @@
+"""Both terms of the loss as operators that autograd, torch.compile and autocast know, around the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renyi_kd.ops.gram_terms import kernels
+from renyi_kd.ops.gram_terms.types import Distillation, RelationTerms
+
+
+@torch.library.custom_op("renyi_kd::gram_terms", mutates_args=())
+def _forward(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    distillation: str,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.launch_forward(
+        image_gram.contiguous().unsqueeze(0),
+        token_gram.contiguous().unsqueeze(0),
+        None,
+        teacher_scores.contiguous(),
+        student_scores.contiguous(),
+        lambda_r,
+        lambda_d,
+        distillation,
+        detach_teacher,
+    )
+
+
+@_forward.register_fake
+def _(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    lambda_r: float,
+    lambda_d: float,
+    distillation: str,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.empty_outputs(image_gram, teacher_scores)
+
+
+_backward = torch.library.custom_op("renyi_kd::gram_terms_backward", kernels.launch_backward, mutates_args=())
+
+
+@_backward.register_fake
+def _(teacher_scores: Tensor, student_scores: Tensor, *_mix_and_gradients: object) -> tuple[Tensor, Tensor]:
+    return teacher_scores.new_empty(teacher_scores.shape), student_scores.new_empty(student_scores.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, _, _ = inputs
+    ctx.save_for_backward(teacher_scores, student_scores, output[-1])
+    ctx.mark_non_differentiable(*output[3:])
+    # A term that nobody differentiates costs no launch for its zero.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,
+    grad_loss: Tensor | None,
+    grad_compression: Tensor | None,
+    grad_distillation: Tensor | None,
+    *_: None,
+) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None, None]:
+    grad_teacher, grad_student = torch.ops.renyi_kd.gram_terms_backward(
+        *ctx.saved_tensors, grad_loss, grad_compression, grad_distillation, ctx.lambda_r, ctx.lambda_d
+    )
+    return None, None, grad_teacher, grad_student, None, None, None, None
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    # See relation_scores: an operator's own formula refuses every second derivative.
+    raise NotImplementedError(
+        "gram_terms: backward must run without create_graph=True, got a request for a second derivative; "
+        "use impl='reference' for the terms"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse)
+
+
+def gram_terms(
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    *,
+    lambda_r: float = 1.0,
+    lambda_d: float = 0.5,
+    distillation: Distillation = "mutual_information",
+    detach_teacher: bool = False,
+) -> RelationTerms:
+    """Return what the reference does at alpha = 2."""
+    *terms, _ = torch.ops.renyi_kd.gram_terms(
+        image_gram,
+        token_gram,
+        teacher_scores.flatten(1),
+        student_scores.flatten(1),
+        lambda_r,
+        lambda_d,
+        distillation,
+        detach_teacher,
+    )
+    return RelationTerms(*terms)

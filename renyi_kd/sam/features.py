@@ -1,0 +1,163 @@
+"""What the loss takes from a model: the image features and mask tokens of one step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SAMFeatures(NamedTuple):
+    """Image features and mask tokens of one step of a SAM.
+
+    A sample is a pair of an image and a prompt; the features of an image are not repeated for its prompts.
+
+    Attributes:
+        image_features: ``[b, d, h, w]``, the encoder's output as the mask decoder receives it.
+        mask_tokens: ``[s, n, d]``, the mask tokens as the decoder's transformer returns them.
+        image_index: ``[s]``, integers: the image of each sample; None when s = b and sample i belongs to image i.
+            Keep it on the CPU: it is read there, once per call.
+
+    """
+
+    image_features: Tensor
+    mask_tokens: Tensor
+    image_index: Tensor | None = None
+
+
+def check_features(function: str, name: str, features: SAMFeatures) -> None:
+    """Raise unless ``features`` are well formed; ``function`` and ``name`` begin the message.
+
+    Raises:
+        TypeError: a member is not a tensor of the right kind.
+        ValueError: shapes, devices or indices do not fit each other.
+
+    """
+    if not isinstance(features, SAMFeatures):
+        raise TypeError(
+            f"{function}: {name} must be SAMFeatures, got {type(features).__name__}; "
+            "make them from a map and tokens, or let InfoSAMLoss read a tap"
+        )
+    for member in ("image_features", "mask_tokens"):
+        value = getattr(features, member)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            fact = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"{function}: {name}.{member} must be a floating-point tensor, got {fact}; "
+                "pass what the model computed, in any float dtype"
+            )
+    image_features, mask_tokens, image_index = features
+    if image_features.ndim != 4 or 0 in image_features.shape:
+        raise ValueError(
+            f"{function}: {name}.image_features must have shape [b, d, h, w] without zeros, got "
+            f"{tuple(image_features.shape)}; for tokens [b, l, d] pass tokens.mT.unsqueeze(-1)"
+        )
+    if mask_tokens.ndim != 3 or 0 in mask_tokens.shape:
+        raise ValueError(
+            f"{function}: {name}.mask_tokens must have shape [s, n, d] without zeros, got {tuple(mask_tokens.shape)}; "
+            "flatten images and prompts into s, and keep n = 1 for a single token"
+        )
+    if image_features.device != mask_tokens.device:
+        raise ValueError(
+            f"{function}: {name}.image_features and {name}.mask_tokens must be on one device, got "
+            f"{image_features.device} and {mask_tokens.device}; move one of them"
+        )
+    if image_features.shape[1] != mask_tokens.shape[2]:
+        raise ValueError(
+            f"{function}: {name}.image_features and {name}.mask_tokens must have as many channels, got "
+            f"{image_features.shape[1]} and {mask_tokens.shape[2]}; take both from the mask decoder's own width"
+        )
+    if image_index is None:
+        if len(image_features) != len(mask_tokens):
+            raise ValueError(
+                f"{function}: {name}.image_index must say which image each sample belongs to when their numbers "
+                f"differ, got None with {len(image_features)} images and {len(mask_tokens)} samples; "
+                "for p prompts an image pass torch.arange(b).repeat_interleave(p)"
+            )
+        return
+    if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int64, torch.int32):
+        fact = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
+        raise TypeError(f"{function}: {name}.image_index must be an int64 tensor, got {fact}; convert it with .long()")
+    if image_index.shape != mask_tokens.shape[:1]:
+        raise ValueError(
+            f"{function}: {name}.image_index must have shape [s] = [{len(mask_tokens)}], got "
+            f"{tuple(image_index.shape)}; give one image per sample of mask_tokens"
+        )
+
+
+def image_of_samples(function: str, name: str, features: SAMFeatures) -> list[int] | None:
+    """Return the image of each sample as a list, or None when sample i belongs to image i.
+
+    Raises:
+        ValueError: an index names no image.
+
+    """
+    if features.image_index is None:
+        return None
+    index: list[int] = features.image_index.tolist()
+    n_images = len(features.image_features)
+    if min(index) < 0 or max(index) >= n_images:
+        raise ValueError(
+            f"{function}: {name}.image_index must lie in [0, {n_images - 1}] with {n_images} images, got "
+            f"{min(index)} to {max(index)}; count images from 0 in the order of image_features"
+        )
+    return None if index == list(range(n_images)) else index
+
+
+def images_of_pair(teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool) -> list[int] | None:
+    """Return the image of each sample, the same for both; None when sample i belongs to image i.
+
+    Raises:
+        ValueError: they do not fit, are fewer samples than ``least``, are not finite where that is looked for, or
+            nothing of the student requires grad while gradients are on.
+
+    """
+    for member in ("image_features", "mask_tokens"):
+        of_teacher, of_student = getattr(teacher, member), getattr(student, member)
+        if of_teacher.shape != of_student.shape:
+            raise ValueError(
+                f"infosam_terms: {member} of teacher and student must have one shape, got {tuple(of_teacher.shape)} "
+                f"and {tuple(of_student.shape)}; run both on the same images and prompts at one size, and call "
+                "clear() on the student's tap after a step whose loss was skipped"
+            )
+        if of_teacher.device != of_student.device:
+            raise ValueError(
+                f"infosam_terms: {member} of teacher and student must be on one device, got {of_teacher.device} and "
+                f"{of_student.device}; move one of the models"
+            )
+    n_samples = len(student.mask_tokens)
+    if n_samples < least:
+        raise ValueError(
+            "infosam_terms: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
+            "gradient would be zero; use a larger batch, several prompts per image, global_batch=True in several "
+            "processes, InfoSAMLoss(bank_size=...), or run the student through its tap on several batches before the "
+            "loss"
+        )
+    if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
+        raise ValueError(
+            "infosam_terms: the student's features must require grad, got features without gradient; run the student "
+            "without torch.no_grad, with parameters that are trained, or compute the loss under torch.no_grad"
+        )
+    images = image_of_samples("infosam_terms", "teacher", teacher)
+    if images != image_of_samples("infosam_terms", "student", student):
+        raise ValueError(
+            "infosam_terms: image_index of teacher and student must be the same, got different samples; "
+            "run both on the same images and prompts, in the same order"
+        )
+    if check_finite:
+        _check_finite(teacher, student)
+    return images
+
+
+def _check_finite(teacher: SAMFeatures, student: SAMFeatures) -> None:
+    for name, features in (("teacher", teacher), ("student", student)):
+        for member in ("image_features", "mask_tokens"):
+            value = getattr(features, member)
+            finite = value.detach().isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(
+                    f"infosam_terms: {name}.{member} must be finite, got NaN or inf in rows "
+                    f"{(~finite).nonzero().flatten().tolist()} of {len(finite)}; skip the step, lower the learning "
+                    "rate, or run that model in fp32"
+                )

@@ -1,0 +1,86 @@
+"""Samples of earlier steps, beside which those of a step are seen when they are few."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from renyi_kd.samples.samples import Samples, images_of_parts
+
+
+class SampleBank:
+    """The last samples of earlier steps, as constants: their scores are those of the step that they were part of.
+
+    What is not finite of a step is kept as zero: its own loss tells of it, and those after it are not spoilt.
+
+    Args:
+        size: how many samples are kept.
+
+    Memory: the teacher's maps of the samples that are kept, copied, and their scores; while a step is joined, those
+    of it and of all kept samples once more.
+
+    Source: Wang et al., Cross-Batch Memory for Embedding Learning, CVPR 2020, whose idea it is that what a model said a
+    few steps ago is close to what it would say now.
+
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._past: Samples | None = None
+
+    def join(self, own: Samples) -> Samples:
+        """Return the samples of a step and after them those kept, and keep the step's while gradients are on.
+
+        Those kept are left out, and then forgotten, where they have another shape, dtype or device than the step's; a
+        warning says so of a step with a single sample, which is left with nothing to compare it with.
+        """
+        past = self._past
+        if past is not None and _kind(past) != _kind(own):
+            if len(own.mask_tokens) == 1:
+                warnings.warn(
+                    "InfoSAMLoss: samples must have one shape, dtype and device for the bank to join them, got "
+                    f"{_kind(own)} after {_kind(past)}; the loss of this single sample is 0, so use one image size, "
+                    "or larger batches",
+                    stacklevel=2,
+                )
+            past = None
+        joined = own if past is None else _concatenate(own, past)
+        if torch.is_grad_enabled():
+            self._past = _kept(joined, self.size)
+        return joined
+
+
+def _kind(samples: Samples) -> str:
+    """Return what samples must share to be compared."""
+    values = samples.image_features, samples.mask_tokens, samples.teacher_scores
+    return ", ".join(f"{list(value.shape[1:])} {value.dtype} {value.device}" for value in values)
+
+
+def _concatenate(own: Samples, past: Samples) -> Samples:
+    def both(name: str) -> Tensor:
+        return torch.cat([getattr(own, name), getattr(past, name)])
+
+    return Samples(
+        both("image_features"),
+        images_of_parts([own.images, past.images], [len(own.image_features), len(past.image_features)]),
+        both("mask_tokens"),
+        both("teacher_scores"),
+        both("student_scores"),
+    )
+
+
+def _kept(samples: Samples, n: int) -> Samples:
+    """Return copies of the first samples and of the images they need, finite and without gradient."""
+    image_features, images, *of_samples = samples
+    if images is None:
+        image_features = image_features[:n]
+    else:
+        needed = sorted(set(images[:n]))
+        image_features = image_features[needed]
+        images = [needed.index(image) for image in images[:n]]
+    first = [image_features, *(value[:n] for value in of_samples)]
+    # Copies, as the buffers of a teacher may be written again.
+    maps, *rest = (torch.nan_to_num(value.detach(), 0.0, 0.0, 0.0) for value in first)
+    return Samples(maps, images, *rest)

@@ -1,0 +1,209 @@
+"""Outputs of an image encoder on disk: one file per image, written whole or not at all, never taken for another's."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
+
+from renyi_kd.sam.module_paths import plain
+
+_FORMAT = "renyi_kd encoder output 1"
+# A thumbnail tells images, flips and crops apart, also where most of an image is empty.
+_THUMBNAIL = 16
+
+
+class Entry(NamedTuple):
+    """What an encoder returned for one image.
+
+    Attributes:
+        leaves: its tensors, without the dimension of the batch.
+        structure: how they were arranged.
+        probe: a thumbnail of the image it was computed from.
+
+    """
+
+    leaves: list[Tensor]
+    structure: TreeSpec
+    probe: Tensor
+
+
+class EncoderCache:
+    """A folder of encoder outputs, each bound to an id, the encoder's weights, the preprocessing and the image's size.
+
+    Args:
+        folder: made if it is not there.
+        preprocessing: anything that tells ways to prepare an image apart.
+        dtype: in which floating-point tensors are kept: fp16 or bf16.
+
+    Raises:
+        TypeError: ``dtype`` is another.
+        ModuleNotFoundError: safetensors is not installed.
+
+    """
+
+    def __init__(self, folder: Path, *, preprocessing: str, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"CachedTeacher: dtype must be torch.float16 or torch.bfloat16, got {dtype}; "
+                "fp16 has the more digits, bf16 the larger range"
+            )
+        try:
+            import safetensors  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "CachedTeacher: safetensors must be installed, got none; pip install 'renyi-kd[cache]'"
+            ) from error
+        self.folder = folder
+        self.preprocessing = preprocessing
+        self.dtype = dtype
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, sample: str, weights: str, size: tuple[int, ...]) -> Entry | None:
+        """Return the entry of a sample, or None if it has none.
+
+        Raises:
+            ValueError: the file is no encoder output, or one of another sample, encoder, preprocessing or size.
+
+        Warns:
+            UserWarning: the file is damaged, and counts as absent.
+
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(sample)
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+                self._check(path, found, self._identity(sample, weights, size))
+                leaves = [file.get_tensor(str(number)) for number in range(len(file.keys()) - 1)]
+                return Entry(leaves, treespec_loads(found["structure"]), file.get_tensor("probe"))
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            warnings.warn(
+                f"CachedTeacher: {path} must be a whole file, got a damaged one ({error}); it is written again",
+                stacklevel=2,
+            )
+            return None
+
+    def entry(self, sample: str, leaves: list[Tensor], structure: TreeSpec, probe: Tensor) -> Entry:
+        """Return the entry of a sample as it will be read.
+
+        Raises:
+            ValueError: a value does not fit into the dtype of the cache.
+
+        """
+        return Entry([self._rounded(sample, leaf) for leaf in leaves], structure, probe)
+
+    def write(self, sample: str, weights: str, size: tuple[int, ...], entry: Entry) -> None:
+        """Write the entry of a sample in place of what was there."""
+        from safetensors.torch import save_file
+
+        kept = {str(number): leaf for number, leaf in enumerate(entry.leaves)}
+        metadata = {**self._identity(sample, weights, size), "structure": treespec_dumps(entry.structure)}
+        path = self._path(sample)
+        # A name of its own: other processes may be writing the same image.
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+        try:
+            save_file({**kept, "probe": entry.probe.contiguous()}, temporary, metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _path(self, sample: str) -> Path:
+        # Readable, and unlike for ids that differ in what a file name cannot hold.
+        readable = re.sub(r"[^\w.-]", "_", sample)[:64]
+        return self.folder / f"{readable}-{hashlib.blake2b(sample.encode(), digest_size=6).hexdigest()}.safetensors"
+
+    def _identity(self, sample: str, weights: str, size: tuple[int, ...]) -> dict[str, str]:
+        return {
+            "format": _FORMAT,
+            "sample": sample,
+            "encoder weights": weights,
+            "preprocessing": self.preprocessing,
+            "image size": str(size),
+            "dtype": str(self.dtype),
+        }
+
+    def _check(self, path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"CachedTeacher: the {name} of {path} must be {value!r}, got {found.get(name)!r}; "
+                    "give each teacher, preprocessing and image size a folder of its own, or delete this one"
+                )
+
+    def _rounded(self, sample: str, leaf: Tensor) -> Tensor:
+        # A copy in any case: a row would keep its whole batch, and files take no tensors that share memory.
+        if not leaf.is_floating_point():
+            return leaf.to("cpu", copy=True).contiguous()
+        rounded = leaf.to("cpu", self.dtype, copy=True).contiguous()
+        if not rounded.isfinite().all():
+            raise ValueError(
+                f"CachedTeacher: the encoder's output must be finite in {self.dtype}, got values up to "
+                f"{leaf.abs().max():.3g} for sample {sample!r}; use dtype=torch.bfloat16 if it overflows, and look for "
+                "NaN in the image if not"
+            )
+        return rounded
+
+
+def probe(images: Tensor) -> Tensor:
+    """Return a thumbnail of every image, ``[b, ...]`` in fp32 on the CPU; waits for the device."""
+    values = images.detach()
+    with torch.autocast(values.device.type, enabled=False):
+        if values.ndim == 4:
+            values = F.adaptive_avg_pool2d(values.float(), _THUMBNAIL)
+        return values.float().cpu()
+
+
+def show_other_images(cached: Tensor, seen: Tensor) -> bool:
+    """Return whether two probes are of different images, beyond the rounding of another device or dtype."""
+    return cached.shape != seen.shape or bool((cached - seen).abs().max() > 0.005 * seen.abs().max().clamp_min(1e-3))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of all weights and buffers that a module saves, with their names, shapes and dtypes.
+
+    Raises:
+        TypeError: a weight is of a subclass of tensors whose numbers cannot be read.
+
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        # The shards of FSDP; every process gets here, and gets the whole.
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if type(whole) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"CachedTeacher: the encoder's weights must be plain tensors, got {type(whole).__name__} at {name!r}; "
+                "use the tap itself as teacher"
+            )
+        digest.update(f"{plain(name)} {tuple(whole.shape)} {whole.dtype}".encode())
+        on_cpu = whole.detach().cpu().contiguous()
+        digest.update((ctypes.c_char * on_cpu.nbytes).from_address(on_cpu.data_ptr()) if on_cpu.nbytes else b"")
+    return digest.hexdigest()
+
+
+def of_image(leaf: Any, row: int, n_images: int) -> Tensor:
+    """Return the part of an encoder's output that belongs to one image.
+
+    Raises:
+        ValueError: the output has no row for every image.
+
+    """
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_images:
+        fact = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise ValueError(
+            f"CachedTeacher: the encoder's output must hold tensors with one row per image, got {fact} for {n_images} "
+            "images; name a module that returns such tensors: encoder='path'"
+        )
+    return leaf[row]
