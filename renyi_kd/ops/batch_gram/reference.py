@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.ops.autograd import refuse_second_derivative
+
 # 1 MiB in fp32: what is copied to change its dtype stays in a 2 MiB L2 cache.
 _BLOCK_ELEMENTS = 2**18
 # Products with 16 rows or more take a path of the CPU's matrix library that is half as fast, and half of the matrix
@@ -60,11 +62,7 @@ class _BatchGram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_gram: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "batch_gram: backward must run without create_graph=True, got a request for a second derivative; "
-                "use gram_matrix(features) instead"
-            )
+        refuse_second_derivative("batch_gram", "use gram_matrix(features) instead")
         (rows,) = ctx.saved_tensors
         weights = (grad_gram + grad_gram.mT).to(_sum_dtype(rows))
         grad_rows = torch.empty_like(rows)

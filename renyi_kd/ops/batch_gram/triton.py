@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.ops.autograd import second_derivative_refusal
+
 # Not measured on a GPU yet.
 BLOCK_K = 64
 BACKWARD_BLOCKS = {"BLOCK_S": 16, "BLOCK_K": 128}
@@ -143,16 +145,8 @@ def _differentiate(ctx: Any, grad_gram: Tensor) -> Tensor:
     return grad_rows
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    # See relation_scores: an operator's own formula refuses every second derivative.
-    raise NotImplementedError(
-        "batch_gram: backward must run without create_graph=True, got a request for a second derivative; "
-        "use gram_matrix(features) instead"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(second_derivative_refusal("batch_gram", "use gram_matrix(features) instead"))
 
 
 def flat(rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from renyi_kd.ops.autograd import refuse_second_derivative
 from renyi_kd.ops.gram_moment.types import SampleKernel
 
 # 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. On a GPU 64 MiB, as a block takes
@@ -68,11 +69,7 @@ class _GramMoment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_moment: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "gram_moment: backward must run without create_graph=True, got a request for a second derivative; "
-                "use renyi_entropy(gram_matrix(features)) instead"
-            )
+        refuse_second_derivative("gram_moment", "use renyi_entropy(gram_matrix(features)) instead")
         features = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         with torch.autocast(features[0].device.type, enabled=False):

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.gram_moment.types import SampleKernel
 
 # Not measured on a GPU yet: among the largest tiles that spill on no target.
@@ -293,16 +294,10 @@ def _differentiate(ctx: Any, grad_moment: Tensor) -> tuple[list[Tensor | None], 
     return grads, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    # See relation_scores: an operator's own formula refuses every second derivative.
-    raise NotImplementedError(
-        "gram_moment: backward must run without create_graph=True, got a request for a second derivative; "
-        "use renyi_entropy(gram_matrix(features)) instead"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(
+    second_derivative_refusal("gram_moment", "use renyi_entropy(gram_matrix(features)) instead")
+)
 
 
 def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> Tensor:

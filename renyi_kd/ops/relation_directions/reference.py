@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.ops.autograd import refuse_second_derivative
 from renyi_kd.ops.relation_directions.types import RelationWeights
 
 
@@ -70,11 +71,7 @@ class _RelationDirections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_directions: Tensor, grad_offsets: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "relation_directions: backward must run without create_graph=True, got a request for a second "
-                "derivative; differentiate a textbook implementation instead"
-            )
+        refuse_second_derivative("relation_directions", "differentiate a textbook implementation instead")
         mask_tokens, *parameters, mean, rstd, query, u = ctx.saved_tensors
         dtype, scale = query.dtype, 1 / math.sqrt(query.shape[-1])
         weights = RelationWeights(*(parameter.to(dtype) for parameter in parameters))

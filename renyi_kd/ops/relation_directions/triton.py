@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.relation_directions.types import RelationWeights
 
 # Elements of a tile of a matrix, chosen so that nothing spills on any target; not measured on a GPU yet.
@@ -275,16 +276,10 @@ def _differentiate(
     return grad_tokens, grad_weights, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    # See relation_scores: an operator's own formula refuses every second derivative.
-    raise NotImplementedError(
-        "relation_directions: backward must run without create_graph=True, got a request for a second derivative; "
-        "differentiate a textbook implementation instead"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(
+    second_derivative_refusal("relation_directions", "differentiate a textbook implementation instead")
+)
 
 
 def relation_directions(mask_tokens: Tensor, weights: RelationWeights, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

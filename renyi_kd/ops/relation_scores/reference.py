@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.ops.autograd import refuse_second_derivative
 from renyi_kd.ops.huge_pages import advise_huge_pages
 
 # 2 MiB in fp32, of which each of two cores has half in its L2 cache while it is summed over.
@@ -77,13 +78,7 @@ class _RelationScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        # Grad mode is on here only under create_graph=True. once_differentiable would not do: with a constant
-        # upstream gradient it detaches silently, and a gradient penalty becomes zero.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "relation_scores: backward must run without create_graph=True, got a request for a second derivative; "
-                "differentiate a textbook implementation instead"
-            )
+        refuse_second_derivative("relation_scores", "differentiate a textbook implementation instead")
         image_features, directions, mean, rstd, scores = ctx.saved_tensors
         n_channels = image_features.shape[1]
         needs_features, needs_directions, needs_offsets, _ = ctx.needs_input_grad

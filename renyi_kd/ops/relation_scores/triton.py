@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.ops.autograd import second_derivative_refusal
+
 # Elements of a tile, chosen so that nothing spills on any target; not measured on a GPU yet.
 FORWARD_TILE, BACKWARD_TILE = 8192, 4096
 NUM_WARPS = 8
@@ -220,14 +222,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    image_features: Tensor,
-    directions: Tensor,
-    grad_scores: Tensor,
-    eps: float,
-    needs_features: bool,
-    needs_directions: bool,
-) -> tuple[Tensor, Tensor]:
+def _(image_features: Tensor, directions: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    *_rest, needs_features, needs_directions = rest
     grad_features = torch.empty_like(image_features) if needs_features else image_features.new_empty(0, 0, 0, 0)
     n_columns = directions.shape[2] + 1 if needs_directions else 0
     return grad_features, directions.new_empty(*directions.shape[:2], n_columns)
@@ -252,17 +248,10 @@ def _differentiate(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor
     )
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    # As a formula of the backward's own operator: unlike once_differentiable it also refuses a gradient penalty under
-    # a constant upstream gradient, and unlike a look at the grad mode it survives torch.compile.
-    raise NotImplementedError(
-        "relation_scores: backward must run without create_graph=True, got a request for a second derivative; "
-        "differentiate a textbook implementation instead"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(
+    second_derivative_refusal("relation_scores", "differentiate a textbook implementation instead")
+)
 
 
 def relation_scores(
