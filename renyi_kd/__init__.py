@@ -3,9 +3,10 @@
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
 from renyi_kd.feature_entropy import mutual_information_of, renyi_entropy_of
-from renyi_kd.functional import InfoSAMTerms, infosam_terms
+from renyi_kd.functional import infosam_terms
 from renyi_kd.gram import gram_matrix
 from renyi_kd.loss import InfoSAMLoss
+from renyi_kd.objective import InfoSAMTerms, Objective
 from renyi_kd.ops.dispatch import Implementation, implementation
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures
@@ -22,6 +23,7 @@ __all__ = [
     "Implementation",
     "InfoSAMLoss",
     "InfoSAMTerms",
+    "Objective",
     "RelationDiagnostics",
     "RelationModule",
     "SAMFeatures",

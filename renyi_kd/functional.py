@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, get_args
-
-import torch
 from torch import Tensor
 
+from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl
-from renyi_kd.ops.feature_terms import feature_terms
-from renyi_kd.ops.gram_terms.types import Distillation
+from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.relation import RelationModule
-from renyi_kd.sam.features import SAMFeatures, check_features, images_of_pair
-from renyi_kd.samples.bank import SampleBank
-from renyi_kd.samples.processes import announce_refusal, gather_samples, n_processes
-from renyi_kd.samples.samples import Join, Samples
-
-
-class InfoSAMTerms(NamedTuple):
-    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
-
-    Attributes:
-        loss: ``lambda_r * compression + lambda_d * distillation``.
-        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
-        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, the
-            Cauchy-Schwarz divergence of their Grams, which is 0 where they are equal and positive elsewhere.
-
-    """
-
-    loss: Tensor
-    compression: Tensor
-    distillation: Tensor
+from renyi_kd.sam.features import SAMFeatures, check_features
+from renyi_kd.samples.scope import Scope
 
 
 def infosam_terms(
@@ -115,108 +93,35 @@ def infosam_terms(
             f"infosam_terms: relation must be a RelationModule, got {type(relation).__name__}; "
             "of an InfoSAMLoss it is infosam_loss.relation"
         )
-    check_weights("infosam_terms", lambda_r, lambda_d)
+    objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
+    check_objective("infosam_terms", objective)
     check_features("infosam_terms", "teacher", teacher)
     check_features("infosam_terms", "student", student)
+    scope = Scope(global_batch)
     terms, _ = relation_terms(
-        relation,
-        teacher,
-        student,
-        lambda_r=lambda_r,
-        lambda_d=lambda_d,
-        alpha=alpha,
-        distillation=distillation,
-        detach_teacher_relation=detach_teacher_relation,
-        global_batch=global_batch,
-        bank=None,
-        check_finite=check_finite,
-        impl=impl,
+        "infosam_terms", relation, teacher, student, objective, scope, check_finite=check_finite, impl=impl
     )
     return terms
 
 
 def relation_terms(
+    function: str,
     relation: RelationModule,
     teacher: SAMFeatures,
     student: SAMFeatures,
+    objective: Objective,
+    scope: Scope,
     *,
-    lambda_r: float,
-    lambda_d: float,
-    alpha: float,
-    distillation: Distillation,
-    detach_teacher_relation: bool,
-    global_batch: bool,
-    bank: SampleBank | None,
     check_finite: bool,
     impl: Impl,
 ) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
     """Return the loss with its terms, and the Grams of both relations.
 
-    ``bank`` adds samples of earlier steps and keeps those of this one; a step may then have a single sample.
+    The objective and each model's features were checked before; ``function`` begins the messages of what is wrong with
+    the pair.
     """
-    check_distillation("infosam_terms", distillation)
-    spans_processes = global_batch and n_processes() > 1
-    images_of = _images_in_all_processes if spans_processes else images_of_pair
-    least = 1 if spans_processes or bank is not None else 2
-    images = images_of(teacher, student, least=least, check_finite=check_finite)
-    terms = feature_terms(
-        teacher.image_features,
-        student.image_features,
-        teacher.mask_tokens,
-        student.mask_tokens,
-        relation.weights_for(student.mask_tokens),
-        images,
-        token_eps=relation.layer_norm_mask.eps,
-        feature_eps=relation.layer_norm_feat.eps,
-        lambda_r=lambda_r,
-        lambda_d=lambda_d,
-        alpha=alpha,
-        distillation=distillation,
-        detach_teacher=detach_teacher_relation,
-        join=_join(spans_processes, bank),
-        impl=impl,
-    )
+    images = scope.images(function, teacher, student, check_finite=check_finite)
+    pair = Pair(teacher.image_features, teacher.mask_tokens, student.image_features, student.mask_tokens, images)
+    value = relation.value(student.mask_tokens, function=function)
+    terms = feature_terms(pair, value, objective, join=scope.join(function), impl=impl)
     return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
-
-
-def _join(spans_processes: bool, bank: SampleBank | None) -> Join | None:
-    """Return what adds the samples of other processes and then those of earlier steps."""
-    if not spans_processes and bank is None:
-        return None
-
-    def join(samples: Samples) -> Samples:
-        if spans_processes:
-            samples = gather_samples(samples)
-        return samples if bank is None else bank.join(samples)
-
-    # Dynamo cannot trace the exchange, and would compile anew every step in which the bank grows. Not in eager mode,
-    # as the name alone would import the compiler.
-    return torch.compiler.disable(join) if torch.compiler.is_compiling() else join  # type: ignore[no-untyped-call]
-
-
-def check_weights(function: str, lambda_r: float, lambda_d: float) -> None:
-    """Raise ValueError unless both weights are finite numbers."""
-    for name, value in (("lambda_r", lambda_r), ("lambda_d", lambda_d)):
-        # By comparison, as torch.compile traces no math.isfinite of a number that it takes as dynamic.
-        if not isinstance(value, float | int) or not abs(value) < math.inf:
-            raise ValueError(f"{function}: {name} must be a finite number, got {value!r}; 0 switches the term off")
-
-
-def check_distillation(function: str, distillation: Distillation) -> None:
-    """Raise ValueError unless there is such a form of L_d."""
-    if distillation not in get_args(Distillation):
-        raise ValueError(
-            f"{function}: distillation must be one of {get_args(Distillation)}, got {distillation!r}; "
-            "'mutual_information' is the paper's"
-        )
-
-
-def _images_in_all_processes(
-    teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
-) -> list[int] | None:
-    try:
-        return images_of_pair(teacher, student, least=least, check_finite=check_finite)
-    except ValueError:
-        # The others wait for this one's samples.
-        announce_refusal(teacher.image_features.device)
-        raise

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
-from renyi_kd.entropy import check_alpha
-from renyi_kd.functional import InfoSAMTerms, check_distillation, check_weights, relation_terms
+from renyi_kd.functional import relation_terms
+from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, resolve
-from renyi_kd.ops.gram_terms.types import Distillation
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures, check_features
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.scope import Scope
 from renyi_kd.teachers.cached import CachedTeacher
 from renyi_kd.teachers.teacher import Teacher
 
@@ -70,9 +70,7 @@ class InfoSAMLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_weights("InfoSAMLoss", lambda_r, lambda_d)
-        check_alpha("InfoSAMLoss", alpha)
-        check_distillation("InfoSAMLoss", distillation)
+        self.objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
         if isinstance(bank_size, bool) or not isinstance(bank_size, int) or bank_size < 0:
@@ -81,16 +79,10 @@ class InfoSAMLoss(nn.Module):
             )
         resolve(impl)
         self.relation = RelationModule(dim)
-        self.lambda_r = lambda_r
-        self.lambda_d = lambda_d
-        self.alpha = alpha
-        self.distillation: Distillation = distillation
         self.token: Token = token
-        self.detach_teacher_relation = detach_teacher_relation
-        self.global_batch = global_batch
         self.check_finite = check_finite
         self.impl: Impl = impl
-        self._bank = SampleBank(bank_size) if bank_size else None
+        self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None)
         self._relation_grams: tuple[Tensor, Tensor] | None = None
         self._known_pair: tuple[int, int] | None = None
 
@@ -145,16 +137,12 @@ class InfoSAMLoss(nn.Module):
         else:
             teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
         terms, self._relation_grams = relation_terms(
+            "InfoSAMLoss",
             self.relation,
             _with_token("teacher", teacher_features, self.token),
             _with_token("student", student_features, self.token),
-            lambda_r=self.lambda_r,
-            lambda_d=self.lambda_d,
-            alpha=self.alpha,
-            distillation=self.distillation,
-            detach_teacher_relation=self.detach_teacher_relation,
-            global_batch=self.global_batch,
-            bank=self._bank,
+            self.objective,
+            self._scope,
             check_finite=self.check_finite,
             impl=self.impl,
         )
@@ -188,21 +176,58 @@ class InfoSAMLoss(nn.Module):
         return diagnose(*self._relation_grams, alpha=self.alpha)
 
     @property
+    def objective(self) -> Objective:
+        """Weights, order and form of the loss; checked when it is set."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: Objective) -> None:
+        check_objective("InfoSAMLoss", objective)
+        self._objective = objective
+
+    @property
+    def lambda_r(self) -> float:
+        """Weight of L_r."""
+        return self.objective.lambda_r
+
+    @property
+    def lambda_d(self) -> float:
+        """Weight of L_d."""
+        return self.objective.lambda_d
+
+    @property
+    def alpha(self) -> float:
+        """Order of the entropies."""
+        return self.objective.alpha
+
+    @property
+    def distillation(self) -> Distillation:
+        """Form of L_d."""
+        return self.objective.distillation
+
+    @property
+    def detach_teacher_relation(self) -> bool:
+        """Whether L_d leaves the module without gradient through the teacher's relation."""
+        return self.objective.detach_teacher_relation
+
+    @property
+    def global_batch(self) -> bool:
+        """Whether the loss goes over the samples of all processes."""
+        return self._scope.global_batch
+
+    @property
     def bank_size(self) -> int:
         """How many samples of earlier steps join those of a step."""
-        return 0 if self._bank is None else self._bank.size
+        return 0 if self._scope.bank is None else self._scope.bank.size
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        return (
-            f"lambda_r={self.lambda_r}, lambda_d={self.lambda_d}, alpha={self.alpha}, "
-            f"distillation={self.distillation!r}, token={self.token!r}, global_batch={self.global_batch}, "
-            f"bank_size={self.bank_size}"
-        )
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.objective._asdict().items())
+        return f"{settings}, token={self.token!r}, global_batch={self.global_batch}, bank_size={self.bank_size}"
 
 
 def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
-    check_features("infosam_terms", name, features)
+    check_features("InfoSAMLoss", name, features)
     if token == "all":
         return features
     index = 0 if token == "first" else token

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from renyi_kd.ops.dispatch import Impl
-from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
+from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.sam.features import SAMFeatures, check_features, image_of_samples
 
@@ -81,30 +81,31 @@ class RelationModule(nn.Module):
         """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         tokens = mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype))
-        weights = self.weights_for(mask_tokens)
-        directions, offsets = relation_directions(tokens, weights, eps=self.layer_norm_mask.eps, impl=impl)
-        eps = self.layer_norm_feat.eps
+        relation = self.value(mask_tokens)
+        directions, offsets = relation_directions(tokens, relation.weights, eps=relation.token_eps, impl=impl)
+        eps = relation.feature_eps
         return relation_scores(image_features, directions, images, offsets=offsets, eps=eps, impl=impl)
 
-    def weights_for(self, mask_tokens: Tensor) -> RelationWeights:
-        """Return the weights by name, for mask tokens that fit them.
+    def value(self, mask_tokens: Tensor, *, function: str = "RelationModule") -> Relation:
+        """Return what the operations take of the module, for mask tokens that fit it.
 
         Raises:
-            ValueError: the tokens do not have ``dim`` channels, or are on another device than the module.
+            ValueError: the tokens do not have ``dim`` channels, or are on another device than the module;
+                ``function`` begins the message.
 
         """
         key_weight = self.key_proj.weight
         if mask_tokens.shape[-1] != self.dim:
             raise ValueError(
-                f"RelationModule: features must have dim = {self.dim} channels, got {mask_tokens.shape[-1]}; "
+                f"{function}: features must have dim = {self.dim} channels, got {mask_tokens.shape[-1]}; "
                 f"build the loss with dim={mask_tokens.shape[-1]}"
             )
         if mask_tokens.device != key_weight.device:
             raise ValueError(
-                f"RelationModule: features must be on the module's device {key_weight.device}, got "
+                f"{function}: features must be on the module's device {key_weight.device}, got "
                 f"{mask_tokens.device}; move the loss with infosam_loss.to('{mask_tokens.device}')"
             )
-        return RelationWeights(
+        weights = RelationWeights(
             norm_weight=self.layer_norm_mask.weight,
             norm_bias=self.layer_norm_mask.bias,
             query_weight=self.query_proj.weight,
@@ -114,3 +115,4 @@ class RelationModule(nn.Module):
             feature_weight=self.layer_norm_feat.weight,
             feature_bias=self.layer_norm_feat.bias,
         )
+        return Relation(weights, token_eps=self.layer_norm_mask.eps, feature_eps=self.layer_norm_feat.eps)

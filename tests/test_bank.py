@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
+from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, infosam_terms
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.gram_terms import gram_terms
 from tests.support import gradients, in_training, relation_module, sam_features, to
@@ -90,6 +90,7 @@ def test_earlier_samples_give_the_module_no_gradient():
         batch_gram(both.mask_tokens),
         scores(teacher, old_teacher),
         scores(again, old_student),
+        Objective(),
     ).loss
     expected = gradients(loss, again, relation)[1]
     for name, value in found.items():
@@ -100,7 +101,7 @@ def test_prompts_of_one_image_share_its_map_in_the_bank():
     infosam = with_bank(3)
     first, second = step(0, image_index=[2, 0, 2, 1]), step(10)
     infosam(first[0], in_training(first[1]))
-    assert len(infosam._bank._past.image_features) == 2
+    assert len(infosam._scope.bank._past.image_features) == 2
     loss = infosam(second[0], in_training(second[1]))
     teacher, student = (
         together(new, old._replace(mask_tokens=old.mask_tokens[:3], image_index=old.image_index[:3]))
@@ -130,10 +131,10 @@ def test_evaluation_sees_the_bank_and_does_not_fill_it():
     infosam = with_bank(4)
     (old_teacher, old_student), (teacher, student) = step(0), step(10)
     infosam(old_teacher, in_training(old_student))
-    before = infosam._bank._past
+    before = infosam._scope.bank._past
     with torch.no_grad():
         values = [infosam(teacher, student) for _ in range(2)]
-    assert infosam._bank._past is before
+    assert infosam._scope.bank._past is before
     assert torch.equal(*values)
     whole = together(teacher, old_teacher), in_training(together(student, old_student))
     assert values[0].item() == pytest.approx(infosam_terms(infosam.relation, *whole).loss.item(), rel=1e-12)
@@ -178,7 +179,7 @@ def test_the_bank_keeps_no_more_maps_than_samples():
     for seed in (0, 10, 20):
         teacher, student = step(seed, n=4)
         infosam(teacher, in_training(student))
-    past = infosam._bank._past
+    past = infosam._scope.bank._past
     for value in (past.image_features, past.mask_tokens, past.teacher_scores, past.student_scores):
         assert len(value) == 3
         assert value.untyped_storage().nbytes() == value.nbytes

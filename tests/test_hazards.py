@@ -178,10 +178,10 @@ def test_a_value_that_is_not_finite_is_named_or_makes_the_loss_not_finite(teache
     row.view(-1)[7] = bad
     assert not textbook.infosam_terms(relation_module(DIM), **features).loss.isfinite()
     features["student"] = in_training(features["student"])
-    message = rf"infosam_terms: {who}\.{member} must be finite, got NaN or inf in rows \[2\] of 4; skip the step"
-    with pytest.raises(ValueError, match=message):
+    message = rf"{{}}: {who}\.{member} must be finite, got NaN or inf in rows \[2\] of 4; skip the step"
+    with pytest.raises(ValueError, match=message.format("infosam_terms")):
         infosam_terms(relation_module(DIM), **features, check_finite=True)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format("InfoSAMLoss")):
         InfoSAMLoss(DIM, check_finite=True)(**features)
     assert not infosam_terms(relation_module(DIM), **features).loss.isfinite()
     assert not InfoSAMLoss(DIM)(**features).isfinite()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.batch_gram import reference as batch_gram_reference
 from renyi_kd.ops.gram_terms import gram_terms
@@ -296,7 +297,8 @@ IDENTITY = {s: torch.eye(s, dtype=torch.float64) for s in range(2, 7)}
 
 def divergence(teacher: Tensor, student: Tensor, **keywords) -> Tensor:
     grams = [IDENTITY[len(teacher)]] * 2
-    return gram_terms(*grams, teacher, student, distillation="cauchy_schwarz", **keywords).distillation
+    objective = Objective(distillation="cauchy_schwarz", **keywords)
+    return gram_terms(*grams, teacher, student, objective).distillation
 
 
 @pytest.mark.parametrize(("teacher", "student", "bits"), PAIRS.values(), ids=PAIRS)
@@ -312,8 +314,9 @@ def test_divergence_of_explicit_maps(teacher, student, bits, alpha):
 def test_loss_weighs_the_divergence():
     maps = [torch.tensor(x, dtype=torch.float64) for x in (CHAIN, TURNED)]
     grams = [torch.eye(3, dtype=torch.float64)] * 2
-    paper = gram_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0)
-    terms = gram_terms(*grams, *maps, lambda_r=0.7, lambda_d=-3.0, distillation="cauchy_schwarz")
+    objective = Objective(lambda_r=0.7, lambda_d=-3.0)
+    paper = gram_terms(*grams, *maps, objective)
+    terms = gram_terms(*grams, *maps, objective._replace(distillation="cauchy_schwarz"))
     assert torch.equal(terms.compression, paper.compression)
     assert terms.compression.item() == pytest.approx(math.log2(3 / 5))
     assert terms.loss.item() == pytest.approx(0.7 * math.log2(3 / 5) - 3 * math.log2(25 / 4.92**2))
@@ -331,7 +334,7 @@ def test_laws_of_the_divergence(seed, n_samples, n_scores, like, zeros, scale):
     teacher = randn(n_samples, n_scores, seed=seed, dtype=torch.float64)
     student = like * teacher + (1 - like) * randn(n_samples, n_scores, seed=seed + 20_000, dtype=torch.float64)
     student[:zeros] = 0
-    terms = gram_terms(*[IDENTITY[n_samples]] * 2, teacher, student, distillation="cauchy_schwarz")
+    terms = gram_terms(*[IDENTITY[n_samples]] * 2, teacher, student, Objective(distillation="cauchy_schwarz"))
     value = terms.distillation
     grams = terms.teacher_gram, terms.student_gram
     assert -1e-12 <= value < 43 + 2 * math.log2(n_samples)
@@ -367,7 +370,7 @@ def test_divergence_tells_signs_apart():
 def test_divergence_has_no_gradient_where_the_grams_are_equal(detach):
     teacher = randn(4, 5, dtype=torch.float64).requires_grad_()
     student = (3 * teacher.detach()).requires_grad_()
-    value = divergence(teacher, student, detach_teacher=detach)
+    value = divergence(teacher, student, detach_teacher_relation=detach)
     of_teacher, of_student = torch.autograd.grad(value, (teacher, student), materialize_grads=True)
     assert of_teacher.abs().max() < 1e-14
     assert of_student.abs().max() < 1e-14
@@ -382,13 +385,13 @@ def test_gradient_of_the_divergence_is_the_derivative(n_samples):
 def test_detached_teacher_gets_no_gradient_of_the_divergence():
     maps = [randn(4, 5, seed=seed, dtype=torch.float64).requires_grad_() for seed in (1, 2)]
     attached = divergence(*maps)
-    detached = divergence(*maps, detach_teacher=True)
+    detached = divergence(*maps, detach_teacher_relation=True)
     assert torch.equal(detached, attached)
     (expected,) = torch.autograd.grad(attached, maps[1])
     of_teacher, of_student = torch.autograd.grad(detached, maps, materialize_grads=True)
     assert torch.equal(of_student, expected)
     assert of_teacher.abs().max() == 0
-    assert torch.autograd.gradcheck(lambda x: divergence(maps[0].detach(), x, detach_teacher=True), maps[1])
+    assert torch.autograd.gradcheck(lambda x: divergence(maps[0].detach(), x, detach_teacher_relation=True), maps[1])
 
 
 def nearly_opposite(angle: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import textbook
 from renyi_kd import (
     InfoSAMLoss,
+    Objective,
     RelationModule,
     SAMFeatures,
     gram_matrix,
@@ -473,8 +474,38 @@ def test_defaults_are_the_papers():
     assert infosam.distillation == "mutual_information"
     assert infosam.relation.dim == 256
     assert sum(parameter.numel() for parameter in infosam.parameters()) == 132_608
-    settings = "lambda_r=1.0, lambda_d=0.5, alpha=2.0, distillation='mutual_information', token='first'"
-    assert repr(infosam).splitlines()[1].strip() == f"{settings}, global_batch=False, bank_size=0"
+    objective = (
+        "lambda_r=1.0, lambda_d=0.5, alpha=2.0, distillation='mutual_information', detach_teacher_relation=False"
+    )
+    assert repr(infosam).splitlines()[1].strip() == f"{objective}, token='first', global_batch=False, bank_size=0"
+
+
+def test_a_schedule_sets_another_objective():
+    teacher, student = pair()
+    infosam = InfoSAMLoss(DIM)
+    changes = {"lambda_r": 0.3, "lambda_d": -1.7, "alpha": 1.0, "distillation": "cauchy_schwarz"}
+    infosam.objective = infosam.objective._replace(**changes)
+    assert infosam.objective == Objective(**changes)
+    assert all(getattr(infosam, name) == value for name, value in infosam.objective._asdict().items())
+    expected = infosam_terms(infosam.relation, teacher, in_training(student), **changes)
+    assert all(map(torch.equal, infosam.terms(teacher, in_training(student)), expected))
+    assert copy.deepcopy(infosam).objective == infosam.objective
+
+
+def test_an_objective_is_checked_when_it_is_set():
+    infosam = InfoSAMLoss(DIM)
+    for changes, message in (
+        ({"lambda_r": math.inf}, "lambda_r must be a finite number, got inf; 0 switches"),
+        ({"alpha": 0}, "alpha must be a number above 0, got 0; 2 is the order"),
+        ({"distillation": "cosine"}, "distillation must be one of .*, got 'cosine'; 'mutual_information' is"),
+    ):
+        with pytest.raises(ValueError, match=f"InfoSAMLoss: {message}"):
+            infosam.objective = infosam.objective._replace(**changes)
+    with pytest.raises(TypeError, match="InfoSAMLoss: objective must be an Objective, got tuple; change the one"):
+        infosam.objective = (1.0, 0.5)
+    with pytest.raises(AttributeError, match="lambda_d"):
+        infosam.lambda_d = 0.1
+    assert infosam.objective == Objective()
 
 
 def test_state_dict_is_that_of_the_relation():
@@ -593,7 +624,7 @@ def test_weights_must_be_finite(name, value):
 def test_order_must_be_positive(alpha):
     with pytest.raises(ValueError, match=rf"InfoSAMLoss: alpha must be a number above 0, got {alpha}; 2 is the order"):
         InfoSAMLoss(DIM, alpha=alpha)
-    with pytest.raises(ValueError, match=rf"alpha must be a number above 0, got {alpha}"):
+    with pytest.raises(ValueError, match=rf"infosam_terms: alpha must be a number above 0, got {alpha}"):
         infosam_terms(relation_module(), pair()[0], in_training(pair()[1]), alpha=alpha)
 
 
@@ -605,11 +636,8 @@ def test_distillation_must_be_one_of_the_two(value):
     )
     with pytest.raises(ValueError, match=message.format("InfoSAMLoss")):
         InfoSAMLoss(DIM, distillation=value)
-    infosam = InfoSAMLoss(DIM)
-    infosam.distillation = value
-    for call in (infosam, lambda t, s: infosam_terms(infosam.relation, t, s, distillation=value)):
-        with pytest.raises(ValueError, match=message.format("infosam_terms")):
-            call(pair()[0], in_training(pair()[1]))
+    with pytest.raises(ValueError, match=message.format("infosam_terms")):
+        infosam_terms(relation_module(), pair()[0], in_training(pair()[1]), distillation=value)
 
 
 @pytest.mark.parametrize("token", ["second", -1, 1.0, True, None])
@@ -637,7 +665,7 @@ CALLS_WITH_IMPL = {
     "RelationModule.scores": lambda impl: relation_module().scores(*TEACHER[:2], impl=impl),
     "relation_scores": lambda impl: relation_scores(TEACHER.image_features, TEACHER.mask_tokens, impl=impl),
     "batch_gram": lambda impl: batch_gram(TEACHER.image_features, impl=impl),
-    "gram_terms": lambda impl: gram_terms(*[torch.eye(3).double()] * 2, *[torch.eye(3)] * 2, impl=impl),
+    "gram_terms": lambda impl: gram_terms(*[torch.eye(3).double()] * 2, *[torch.eye(3)] * 2, Objective(), impl=impl),
 }
 
 
@@ -775,7 +803,7 @@ def test_features_given_to_the_module_must_be_well_formed(bad, who):
     both = {"teacher": TEACHER, "student": STUDENT}
     both = {**both, who: features} if "lie in" not in message else {"teacher": features, "student": features}
     name = who if "lie in" not in message else "teacher"
-    with torch.no_grad(), pytest.raises(error, match="infosam_terms: " + name + message.replace("{name}", name)):
+    with torch.no_grad(), pytest.raises(error, match="InfoSAMLoss: " + name + message.replace("{name}", name)):
         InfoSAMLoss(DIM)(**both)
 
 
@@ -786,23 +814,21 @@ def test_an_int32_index_is_fine():
 
 
 def test_features_must_have_the_width_of_the_module():
-    message = r"RelationModule: features must have dim = 9 channels, got 12; build the loss with dim=12"
-    for call in (
-        lambda: relation_module(9)(*TEACHER),
-        lambda: infosam_terms(relation_module(9), TEACHER, in_training(STUDENT)),
-        lambda: InfoSAMLoss(9)(TEACHER, in_training(STUDENT)),
-    ):
-        with pytest.raises(ValueError, match=message):
+    message = r"{}: features must have dim = 9 channels, got 12; build the loss with dim=12"
+    for function, call in {
+        "RelationModule": lambda: relation_module(9)(*TEACHER),
+        "infosam_terms": lambda: infosam_terms(relation_module(9), TEACHER, in_training(STUDENT)),
+        "InfoSAMLoss": lambda: InfoSAMLoss(9)(TEACHER, in_training(STUDENT)),
+    }.items():
+        with pytest.raises(ValueError, match=message.format(function)):
             call()
 
 
 def test_features_must_be_on_the_device_of_the_module():
-    message = (
-        r"RelationModule: features must be on the module's device meta, got cpu; move the loss with .*\.to\('cpu'\)"
-    )
-    with pytest.raises(ValueError, match=message):
+    message = r"{}: features must be on the module's device meta, got cpu; move the loss with .*\.to\('cpu'\)"
+    with pytest.raises(ValueError, match=message.format("RelationModule")):
         relation_module().to("meta")(*TEACHER)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format("InfoSAMLoss")):
         InfoSAMLoss(DIM).to("meta")(TEACHER, in_training(STUDENT))
 
 
@@ -835,6 +861,8 @@ def test_teacher_and_student_must_fit(changes, message):
     student = STUDENT._replace(**changes)
     with torch.no_grad(), pytest.raises(ValueError, match="infosam_terms: " + message):
         infosam_terms(relation_module(), TEACHER, student)
+    with torch.no_grad(), pytest.raises(ValueError, match="InfoSAMLoss: " + message):
+        InfoSAMLoss(DIM, token="all")(TEACHER, student)
 
 
 def test_an_index_that_counts_the_samples_is_none():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
+from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, infosam_terms
 from renyi_kd.ops import dispatch
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
@@ -355,7 +355,7 @@ def relations(n_samples: int, n_scores: int, dtype: torch.dtype = torch.float32)
 def terms_and_gradients(impl, arguments, upstream=(-1.7, 0.4, -2.1), **keywords) -> tuple[RelationTerms, list[Tensor]]:
     image_gram, token_gram, *maps = arguments
     maps = [scores.detach().requires_grad_() for scores in maps]
-    terms = gram_terms(image_gram, token_gram, *maps, impl=impl, **keywords)
+    terms = gram_terms(image_gram, token_gram, *maps, Objective(**keywords), impl=impl)
     total = sum(weight * term for weight, term in zip(upstream, terms[:3], strict=True) if weight)
     return terms, list(torch.autograd.grad(total, maps))
 
@@ -387,9 +387,9 @@ def test_terms_of_relations(size, dtype, form):
 @pytest.mark.parametrize("limit", ["_PARTIAL_ELEMENTS", "_PART_ELEMENTS"])
 def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, monkeypatch):
     arguments = relations(5, 4 * BLOCK_L + 3)
-    expected = gram_terms(*arguments, impl="triton")
+    expected = gram_terms(*arguments, Objective(), impl="triton")
     monkeypatch.setattr(gram_terms_kernels, limit, elements)
-    for a, e in zip(gram_terms(*arguments, impl="triton"), expected, strict=True):
+    for a, e in zip(gram_terms(*arguments, Objective(), impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -397,7 +397,7 @@ def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limi
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("form", DISTILLATIONS)
 def test_every_term_has_its_own_gradient(upstream, detach, form):
-    arguments, keywords = relations(5, 70), {"detach_teacher": detach, "distillation": form}
+    arguments, keywords = relations(5, 70), {"detach_teacher_relation": detach, "distillation": form}
     actual = terms_and_gradients("triton", arguments, upstream, **keywords)[1]
     expected = terms_and_gradients("reference", arguments, upstream, **keywords)[1]
     for name, a, e in zip(("teacher", "student"), actual, expected, strict=True):
@@ -462,7 +462,7 @@ def test_divergence_of_equal_relations_is_zero_without_gradient():
 def test_nan_reaches_the_loss(form):
     arguments = relations(4, 50)
     arguments[3][2, 7] = math.nan
-    terms = gram_terms(*arguments, distillation=form, impl="triton")
+    terms = gram_terms(*arguments, Objective(distillation=form), impl="triton")
     assert terms.loss.isnan()
     assert terms.distillation.isnan()
     assert not terms.compression.isnan()
@@ -809,7 +809,7 @@ def operator_arguments() -> dict[str, tuple]:
     tokens, *weights = (value.detach() for value in on_device(*directions_inputs(2, 1, 8, torch.float32)))
     student = [value.clone().requires_grad_() for value in (x.detach(), tokens)]
     weights = [value.requires_grad_() for value in weights]
-    features = x.detach(), student[0], tokens + 1, student[1]
+    features = x.detach(), tokens + 1, *student
     saved = feature_terms_triton._forward(*features, weights, 1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)[5:]
     saved = [value.detach() for value in saved]
     one = torch.ones((), device=DEVICE)
@@ -903,7 +903,11 @@ def test_operators_of_the_backward_are_well_registered(name):
             (
                 lambda x, _, form=form: (
                     gram_terms(
-                        *relations(3, 20)[:2], x.flatten(1), x.flatten(1) + 1, distillation=form, impl="triton"
+                        *relations(3, 20)[:2],
+                        x.flatten(1),
+                        x.flatten(1) + 1,
+                        Objective(distillation=form),
+                        impl="triton",
                     ).loss
                 ),
                 "use impl='reference' for the terms",
@@ -1013,7 +1017,7 @@ def test_gpus_that_are_not_supported_are_named(capability, version, obstacle, mo
     [
         (lambda ones: relation_scores(ones(1, 4097, 1, 1), ones(1, 1, 4097), impl="triton"), "4097 channels"),
         (
-            lambda ones: gram_terms(*[ones(257, 257).double()] * 2, *[ones(257, 2)] * 2, impl="triton"),
+            lambda ones: gram_terms(*[ones(257, 257).double()] * 2, *[ones(257, 2)] * 2, Objective(), impl="triton"),
             "257 samples",
         ),
         (lambda ones: gram_moment([ones(2, 2)] * 5, [LINEAR] * 5, impl="triton"), "5 variables"),

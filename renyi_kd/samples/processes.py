@@ -19,7 +19,7 @@ def n_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def gather_samples(own: Samples) -> Samples:
+def gather_samples(function: str, own: Samples) -> Samples:
     """Return the samples of all processes in the order of their ranks, bit for bit the same in each.
 
     Each process gets the gradient of its own scores, times the number of processes. So where all of them compute one
@@ -27,6 +27,7 @@ def gather_samples(own: Samples) -> Samples:
     gradient of that loss.
 
     Args:
+        function: whose messages these are.
         own: of this process. Numbers of images and samples may differ between processes.
 
     Raises:
@@ -39,7 +40,7 @@ def gather_samples(own: Samples) -> Samples:
     """
     device = own.image_features.device
     headers = _gather_headers(_header(own), device)
-    _check_alike(headers)
+    _check_alike(function, headers)
     n_images = [header.n_images for header in headers]
     n_samples = [header.n_samples for header in headers]
     images: list[list[int] | None] = [None] * len(headers)
@@ -111,17 +112,17 @@ def _gather_headers(own: _Header, device: torch.device) -> list[_Header]:
     return [_Header._make(row) for row in rows.tolist()]
 
 
-def _check_alike(headers: Sequence[_Header]) -> None:
+def _check_alike(function: str, headers: Sequence[_Header]) -> None:
     refused = [rank for rank, header in enumerate(headers) if not header.n_images]
     if refused:
         raise ValueError(
-            f"infosam_terms: every process must have features that fit under global_batch, got none of process "
+            f"{function}: every process must have features that fit under global_batch, got none of process "
             f"{refused[0]}; see the error that it raised"
         )
     for rank, header in enumerate(headers):
         if header.kind() != headers[0].kind():
             raise ValueError(
-                "infosam_terms: features must be of one kind in all processes under global_batch, got "
+                f"{function}: features must be of one kind in all processes under global_batch, got "
                 f"{headers[0].kind()} in process 0 and {header.kind()} in process {rank}; use one image size, one "
                 "token=, one autocast, and gradients in all or in none"
             )

@@ -25,16 +25,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from renyi_kd.objective import Distillation, Objective
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import teacher_kernel
 from renyi_kd.ops.feature_terms import triton as feature_terms
+from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_moment import triton as gram_moment
 from renyi_kd.ops.gram_moment.types import SampleKernel
 from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels
 from renyi_kd.ops.gram_terms import triton as gram_terms
-from renyi_kd.ops.gram_terms.types import Distillation
 from renyi_kd.ops.relation_directions import triton as relation_directions
-from renyi_kd.ops.relation_directions.types import RelationWeights
+from renyi_kd.ops.relation_directions.types import Relation, RelationWeights
 from renyi_kd.ops.relation_scores import triton as relation_scores
 
 MODULES = (batch_gram, gram_moment, gram_terms_kernels, relation_directions, relation_scores, teacher_kernel)
@@ -163,16 +164,16 @@ def call_loss(samples: int, dtype: torch.dtype, layout: torch.memory_format) -> 
     teacher_map = torch.empty(samples, 256, 64, 64, dtype=dtype).contiguous(memory_format=layout)
     teacher_tokens = torch.empty(samples, 1, 256, dtype=dtype)
     student_map, student_tokens = (value.detach().requires_grad_() for value in (teacher_map, teacher_tokens))
-    terms = feature_terms.feature_terms(teacher_map, student_map, teacher_tokens, student_tokens, weights_of(256))
-    terms.loss.backward()
+    pair = Pair(teacher_map, teacher_tokens, student_map, student_tokens)
+    feature_terms.feature_terms(pair, Relation(weights_of(256), 1e-5, 1e-5), Objective()).loss.backward()
 
 
 def call_terms(samples: int) -> None:
     gram = torch.empty(samples, samples, dtype=torch.float64)
     teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
     for form, detach in product(get_args(Distillation), (False, True)):
-        terms = gram_terms.gram_terms(gram, gram, teacher, student, distillation=form, detach_teacher=detach)
-        terms.loss.backward()
+        objective = Objective(distillation=form, detach_teacher_relation=detach)
+        gram_terms.gram_terms(gram, gram, teacher, student, objective).loss.backward()
 
 
 def call_moments(dtype: torch.dtype) -> None:

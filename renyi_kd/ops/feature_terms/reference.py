@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
+from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_terms import gram_terms
-from renyi_kd.ops.gram_terms.types import Distillation, RelationTerms
-from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
+from renyi_kd.ops.gram_terms.types import RelationTerms
+from renyi_kd.ops.relation_directions import Relation, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.samples.samples import Join, Samples
 
 
 def feature_terms(
-    teacher_map: Tensor,
-    student_map: Tensor,
-    teacher_tokens: Tensor,
-    student_tokens: Tensor,
-    weights: RelationWeights,
-    images: Sequence[int] | None = None,
-    *,
-    token_eps: float = 1e-5,
-    feature_eps: float = 1e-5,
-    lambda_r: float = 1.0,
-    lambda_d: float = 0.5,
-    alpha: float = 2.0,
-    distillation: Distillation = "mutual_information",
-    detach_teacher: bool = False,
-    join: Join | None = None,
-    impl: Impl = "auto",
+    pair: Pair, relation: Relation, objective: Objective, *, join: Join | None = None, impl: Impl = "auto"
 ) -> RelationTerms:
     """Return the InfoSAM loss and its terms from the features of teacher and student.
 
     Args:
-        teacher_map: ``[b, d, h, w]``, floating point, any strides; gets no gradient.
-        student_map: likewise, with one.
-        teacher_tokens: ``[s, n, d]``; gets no gradient.
-        student_tokens: likewise, with one.
-        weights: those of the relation module, with gradients.
-        images: the image of each sample; None when sample i belongs to image i.
-        token_eps: added to the variance of tokens.
-        feature_eps: added to the variance of pixels.
-        lambda_r: weight of L_r.
-        lambda_d: weight of L_d.
-        alpha: order of the entropies.
-        distillation: the form of L_d.
-        detach_teacher: whether L_d takes the teacher's relation as a constant.
+        pair: the features, with gradients for the student's.
+        relation: the relation module's values, with gradients for its weights.
+        objective: weights, order and form of the loss.
         join: adds samples from elsewhere to those of the batch; None for the batch alone.
         impl: implementation of each operation.
 
@@ -61,16 +35,16 @@ def feature_terms(
     Source: Zhang et al., InfoSAM, ICML 2025.
 
     """
-    teacher_map, teacher_tokens = teacher_map.detach(), teacher_tokens.detach()
+    teacher_map, teacher_tokens, student_map, student_tokens, images = pair.constant_teacher()
     dtype = torch.float32
-    for value in (teacher_map, student_map, teacher_tokens, student_tokens):
+    for value in pair[:4]:
         dtype = torch.promote_types(dtype, value.dtype)
     tokens = torch.cat([teacher_tokens.to(dtype), student_tokens.to(dtype)])
     # Teacher and student have as many samples; chunks have one gradient, slices one each.
-    of_both = relation_directions(tokens, weights, eps=token_eps, impl=impl)
-    directions, offsets = (value.chunk(2) for value in of_both)
+    both = relation_directions(tokens, relation.weights, eps=relation.token_eps, impl=impl)
+    directions, offsets = (value.chunk(2) for value in both)
     teacher_scores, student_scores = (
-        relation_scores(image_features, w, images, offsets=c, eps=feature_eps, impl=impl)
+        relation_scores(image_features, w, images, offsets=c, eps=relation.feature_eps, impl=impl)
         for image_features, w, c in zip((teacher_map, student_map), directions, offsets, strict=True)
     )
     samples = Samples(teacher_map, images, teacher_tokens, teacher_scores, student_scores)
@@ -87,11 +61,7 @@ def feature_terms(
         batch_gram(samples.mask_tokens, impl=impl),
         samples.teacher_scores,
         samples.student_scores,
-        lambda_r=lambda_r,
-        lambda_d=lambda_d,
-        alpha=alpha,
-        distillation=distillation,
-        detach_teacher=detach_teacher,
+        objective,
         impl=impl,
     )
     return terms._replace(

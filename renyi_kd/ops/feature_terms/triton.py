@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.objective import Objective
+from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import teacher_kernel
+from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_terms import kernels as gram_terms
-from renyi_kd.ops.gram_terms.types import Distillation, RelationTerms
-from renyi_kd.ops.relation_directions import RelationWeights
+from renyi_kd.ops.gram_terms.types import RelationTerms
+from renyi_kd.ops.relation_directions import Relation, RelationWeights
 from renyi_kd.ops.relation_directions import triton as relation_directions
 from renyi_kd.ops.relation_scores import triton as relation_scores
 
@@ -35,8 +38,8 @@ from renyi_kd.ops.relation_scores import triton as relation_scores
 @torch.library.custom_op("renyi_kd::feature_terms", mutates_args=())
 def _forward(
     teacher_map: Tensor,
-    student_map: Tensor,
     teacher_tokens: Tensor,
+    student_map: Tensor,
     student_tokens: Tensor,
     weights: Sequence[Tensor],
     token_eps: float,
@@ -44,58 +47,39 @@ def _forward(
     lambda_r: float,
     lambda_d: float,
     distillation: str,
-    detach_teacher: bool,
+    detach_teacher_relation: bool,
 ) -> list[Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and for the backward scores, their mix, and directions with parts."""
     n_samples, n_tokens, n_channels = teacher_tokens.shape
     # Autocast is still on in here, and would refuse another half precision than its own.
     with torch.autocast(teacher_tokens.device.type, enabled=False):
         tokens = torch.cat([teacher_tokens, student_tokens])
-    directions, offsets, *of_directions = relation_directions.launch_forward(tokens.flatten(0, 1), weights, token_eps)
-    of_teacher, of_student = directions.view(2, n_samples, n_tokens, n_channels)
-    on_teacher, on_student = offsets.view(2, n_samples, n_tokens)
-    if n_tokens == 1 and n_samples <= teacher_kernel.MAX_IMAGES:
-        teacher_scores, image_parts = teacher_kernel.launch(teacher_map, of_teacher, on_teacher, feature_eps)
-    else:
-        teacher_scores = relation_scores.launch_forward(teacher_map, of_teacher, on_teacher, feature_eps).flatten(1)
-        image_parts = batch_gram.launch_forward(batch_gram.flat(teacher_map))
-    student_scores = relation_scores.launch_forward(student_map, of_student, on_student, feature_eps).flatten(1)
-    *terms, mix = gram_terms.launch_forward(
-        image_parts,
-        None,
-        tokens[:n_samples].flatten(1),
-        teacher_scores,
-        student_scores,
-        lambda_r,
-        lambda_d,
-        distillation,
-        detach_teacher,
+    directions, offsets, *kept = relation_directions.launch_forward(tokens.flatten(0, 1), weights, token_eps)
+    teacher, student = zip(
+        directions.view(2, n_samples, n_tokens, n_channels), offsets.view(2, n_samples, n_tokens), strict=True
     )
-    return [*terms, teacher_scores, student_scores, mix, directions, *of_directions]
+    if n_tokens == 1 and n_samples <= teacher_kernel.MAX_IMAGES:
+        teacher_scores, image_parts = teacher_kernel.launch(teacher_map, *teacher, feature_eps)
+    else:
+        teacher_scores = relation_scores.launch_forward(teacher_map, *teacher, feature_eps).flatten(1)
+        image_parts = batch_gram.launch_forward(batch_gram.flat(teacher_map))
+    student_scores = relation_scores.launch_forward(student_map, *student, feature_eps).flatten(1)
+    # A schema's string is one of the forms by the time it gets here.
+    objective = Objective(lambda_r, lambda_d, 2.0, distillation, detach_teacher_relation)  # type: ignore[arg-type]
+    *terms, mix = gram_terms.launch_forward(
+        image_parts, None, tokens[:n_samples].flatten(1), teacher_scores, student_scores, objective
+    )
+    return [*terms, teacher_scores, student_scores, mix, directions, *kept]
 
 
 @_forward.register_fake
-def _(
-    teacher_map: Tensor,
-    student_map: Tensor,
-    teacher_tokens: Tensor,
-    student_tokens: Tensor,
-    weights: Sequence[Tensor],
-    token_eps: float,
-    feature_eps: float,
-    lambda_r: float,
-    lambda_d: float,
-    distillation: str,
-    detach_teacher: bool,
-) -> list[Tensor]:
+def _(teacher_map: Tensor, teacher_tokens: Tensor, *_rest: object) -> list[Tensor]:
     n_samples, n_tokens, n_channels = teacher_tokens.shape
     _, _, height, width = teacher_map.shape
     scores = teacher_map.new_empty(n_samples, n_tokens * height * width, dtype=torch.float32)
     *terms, mix = gram_terms.empty_outputs(scores.new_empty(n_samples, n_samples, dtype=torch.float64), scores)
-    directions, _, *of_directions = relation_directions.empty_outputs(
-        scores.new_empty(2 * n_samples * n_tokens, n_channels)
-    )
-    return [*terms, scores, torch.empty_like(scores), mix, directions, *of_directions]
+    directions, _, *kept = relation_directions.empty_outputs(scores.new_empty(2 * n_samples * n_tokens, n_channels))
+    return [*terms, scores, torch.empty_like(scores), mix, directions, *kept]
 
 
 @torch.library.custom_op("renyi_kd::feature_terms_backward", mutates_args=())
@@ -115,7 +99,7 @@ def _backward(
     needs_module: bool,
 ) -> list[Tensor]:
     """Return the gradients of the student's map (empty if not needed), of its tokens and of the weights (or none)."""
-    teacher_scores, student_scores, mix, directions, *of_directions = saved
+    teacher_scores, student_scores, mix, directions, *kept = saved
     n_rows, n_tokens = student_tokens.shape[:2].numel(), student_tokens.shape[1]
     grad_teacher, grad_student = (
         grad.unflatten(1, (n_tokens, -1))
@@ -123,38 +107,25 @@ def _backward(
             teacher_scores, student_scores, mix, grad_loss, grad_compression, grad_distillation, lambda_r, lambda_d
         )
     )
-    of_teacher, of_student = directions.view(2, *student_tokens.shape)
+    teacher_directions, student_directions = directions.view(2, *student_tokens.shape)
     grad_map = torch.empty_like(student_map) if needs_map else None
     sums = relation_scores.empty_sums(student_map, 2 * n_rows) if needs_module else None
     if sums is not None:
-        relation_scores.launch_backward(teacher_map, of_teacher, grad_teacher, feature_eps, None, sums[:n_rows])
+        relation_scores.launch_backward(teacher_map, teacher_directions, grad_teacher, feature_eps, None, sums[:n_rows])
     student_sums = None if sums is None else sums[n_rows:]
-    relation_scores.launch_backward(student_map, of_student, grad_student, feature_eps, grad_map, student_sums)
+    relation_scores.launch_backward(student_map, student_directions, grad_student, feature_eps, grad_map, student_sums)
     gradients = [student_map.new_empty(0, 0, 0, 0) if grad_map is None else grad_map]
     if sums is None:
         return gradients
     total = sums.sum(1)
     grad_tokens = student_tokens.new_empty(2 * n_rows, student_tokens.shape[2])
-    grad_weights = relation_directions.launch_backward(weights, of_directions, total[:, :-1], total[:, -1], grad_tokens)
+    grad_weights = relation_directions.launch_backward(weights, kept, total[:, :-1], total[:, -1], grad_tokens)
     return [*gradients, grad_tokens, *grad_weights]
 
 
 @_backward.register_fake
-def _(
-    teacher_map: Tensor,
-    student_map: Tensor,
-    student_tokens: Tensor,
-    weights: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    grad_loss: Tensor | None,
-    grad_compression: Tensor | None,
-    grad_distillation: Tensor | None,
-    feature_eps: float,
-    lambda_r: float,
-    lambda_d: float,
-    needs_map: bool,
-    needs_module: bool,
-) -> list[Tensor]:
+def _(_: Tensor, student_map: Tensor, student_tokens: Tensor, weights: Sequence[Tensor], *rest: object) -> list[Tensor]:
+    *_rest, needs_map, needs_module = rest
     gradients = [torch.empty_like(student_map) if needs_map else student_map.new_empty(0, 0, 0, 0)]
     if not needs_module:
         return gradients
@@ -164,7 +135,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    teacher_map, student_map, _, student_tokens, weights, _, ctx.feature_eps, ctx.lambda_r, ctx.lambda_d, *_ = inputs
+    teacher_map, _, student_map, student_tokens, weights, _, ctx.feature_eps, ctx.lambda_r, ctx.lambda_d, *_ = inputs
     ctx.save_for_backward(teacher_map, student_map, student_tokens, *weights, *output[5:])
     ctx.mark_non_differentiable(*output[3:])
     # A term that nobody differentiates costs no launch for its zero.
@@ -174,7 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     teacher_map, student_map, student_tokens, *values = ctx.saved_tensors
     n_weights = len(RelationWeights._fields)
-    _, needs_map, _, needs_tokens, needs_weights, *_ = ctx.needs_input_grad
+    _, _, needs_map, needs_tokens, needs_weights, *_ = ctx.needs_input_grad
     grad_map, *rest = torch.ops.renyi_kd.feature_terms_backward(
         teacher_map,
         student_map,
@@ -191,47 +162,23 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     grad_tokens, *grad_weights = rest or [None] * (1 + n_weights)
     if grad_tokens is not None:
         grad_tokens = grad_tokens.view(2, *student_tokens.shape)[1]
-    return None, grad_map if needs_map else None, None, grad_tokens, grad_weights, *[None] * 6
-
-
-def _refuse(ctx: Any, *grads: Any) -> None:
-    # See relation_scores: an operator's own formula refuses every second derivative.
-    raise NotImplementedError(
-        "feature_terms: backward must run without create_graph=True, got a request for a second derivative; "
-        "use a textbook implementation instead"
-    )
+    return None, None, grad_map if needs_map else None, grad_tokens, grad_weights, *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(second_derivative_refusal("feature_terms", "use a textbook implementation instead"))
 
 
-def feature_terms(
-    teacher_map: Tensor,
-    student_map: Tensor,
-    teacher_tokens: Tensor,
-    student_tokens: Tensor,
-    weights: RelationWeights,
-    *,
-    token_eps: float = 1e-5,
-    feature_eps: float = 1e-5,
-    lambda_r: float = 1.0,
-    lambda_d: float = 0.5,
-    distillation: Distillation = "mutual_information",
-    detach_teacher: bool = False,
-) -> RelationTerms:
+def feature_terms(pair: Pair, relation: Relation, objective: Objective) -> RelationTerms:
     """Return what the operations one by one do, one sample an image, at alpha = 2."""
     terms = torch.ops.renyi_kd.feature_terms(
-        teacher_map.detach(),
-        student_map,
-        teacher_tokens.detach(),
-        student_tokens,
-        [weight.contiguous() for weight in weights],
-        token_eps,
-        feature_eps,
-        lambda_r,
-        lambda_d,
-        distillation,
-        detach_teacher,
+        *pair.constant_teacher()[:4],
+        [weight.contiguous() for weight in relation.weights],
+        relation.token_eps,
+        relation.feature_eps,
+        objective.lambda_r,
+        objective.lambda_d,
+        objective.distillation,
+        objective.detach_teacher_relation,
     )
     return RelationTerms(*terms[:5])

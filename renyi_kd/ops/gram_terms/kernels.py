@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.objective import Objective
 from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT
 
 # Elements of a tile of fp64 numbers; not measured on a GPU yet.
@@ -274,10 +275,7 @@ def launch_forward(
     teacher_tokens: Tensor | None,
     teacher_scores: Tensor,
     student_scores: Tensor,
-    lambda_r: float,
-    lambda_d: float,
-    distillation: str,
-    detach_teacher: bool,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by, by two launches or some more.
 
@@ -304,8 +302,9 @@ def launch_forward(
         outputs = empty_outputs(parts, teacher_scores)
         _gram_terms_fwd_kernel[(1,)](
             image_parts, token_parts, relation_parts[0], relation_parts[1], grams, *outputs,
-            n_samples, len(image_parts), len(token_parts), relation_parts.shape[1], lambda_r, lambda_d,
-            **gram_blocks(n_samples), DETACH=detach_teacher, CAUCHY_SCHWARZ=distillation == "cauchy_schwarz",
+            n_samples, len(image_parts), len(token_parts), relation_parts.shape[1],
+            objective.lambda_r, objective.lambda_d, **gram_blocks(n_samples),
+            DETACH=objective.detach_teacher_relation, CAUCHY_SCHWARZ=objective.distillation == "cauchy_schwarz",
         )  # fmt: skip
     return outputs
 

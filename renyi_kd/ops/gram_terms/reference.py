@@ -9,20 +9,12 @@ from torch import Tensor
 
 from renyi_kd.entropy import renyi_entropy
 from renyi_kd.gram import unit_diagonal
-from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT, Distillation, RelationTerms
+from renyi_kd.objective import Objective
+from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT, RelationTerms
 
 
 def gram_terms(
-    image_gram: Tensor,
-    token_gram: Tensor,
-    teacher_scores: Tensor,
-    student_scores: Tensor,
-    *,
-    lambda_r: float = 1.0,
-    lambda_d: float = 0.5,
-    alpha: float = 2.0,
-    distillation: Distillation = "mutual_information",
-    detach_teacher: bool = False,
+    image_gram: Tensor, token_gram: Tensor, teacher_scores: Tensor, student_scores: Tensor, objective: Objective
 ) -> RelationTerms:
     """Return the compression term L_r, the distillation term L_d and their weighted sum, in bits.
 
@@ -43,11 +35,7 @@ def gram_terms(
         token_gram: ``[s, s]`` in fp64: of the teacher's mask tokens.
         teacher_scores: ``[s, ...]``: the teacher's relation maps, in any scale.
         student_scores: the student's, of the same shape.
-        lambda_r: weight of L_r.
-        lambda_d: weight of L_d.
-        alpha: order of the entropies, in (0, inf].
-        distillation: which L_d, as above.
-        detach_teacher: whether L_d takes the teacher's Gram as a constant.
+        objective: weights, order and form; whether L_d takes the teacher's Gram as a constant.
 
     Returns:
         :class:`RelationTerms`, the loss and terms in the dtype of the scores. First derivatives for the scores.
@@ -61,19 +49,19 @@ def gram_terms(
     relations = torch.stack([teacher_scores.double(), student_scores.double()]).flatten(2)
     grams = torch.cat([torch.stack([image_gram, token_gram]), relations @ relations.mT])
     image, token, teacher, student = unit_diagonal(grams).unbind()
-    target = teacher.detach() if detach_teacher else teacher
+    target = teacher.detach() if objective.detach_teacher_relation else teacher
     # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
-    grams_of_compression = [teacher, image * token * teacher]
-    if distillation == "cauchy_schwarz":
-        marginal, joint = renyi_entropy(torch.stack(grams_of_compression), alpha)
+    compression_grams = [teacher, image * token * teacher]
+    if objective.distillation == "cauchy_schwarz":
+        marginal, joint = renyi_entropy(torch.stack(compression_grams), objective.alpha)
         l_d = _cauchy_schwarz_divergence(target, student)
     else:
-        marginal, joint, fixed, of_student, both = renyi_entropy(
-            torch.stack([*grams_of_compression, target, student, target * student]), alpha
+        marginal, joint, target_bits, student_bits, both = renyi_entropy(
+            torch.stack([*compression_grams, target, student, target * student]), objective.alpha
         )
-        l_d = both - fixed - of_student
+        l_d = both - target_bits - student_bits
     l_r = marginal - joint
-    loss = lambda_r * l_r + lambda_d * l_d
+    loss = objective.lambda_r * l_r + objective.lambda_d * l_d
     dtype = teacher_scores.dtype
     return RelationTerms(loss.to(dtype), l_r.to(dtype), l_d.to(dtype), teacher.detach(), student.detach())
 

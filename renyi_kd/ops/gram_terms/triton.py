@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.objective import Objective
+from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.gram_terms import kernels
-from renyi_kd.ops.gram_terms.types import Distillation, RelationTerms
+from renyi_kd.ops.gram_terms.types import RelationTerms
 
 
 @torch.library.custom_op("renyi_kd::gram_terms", mutates_args=())
@@ -20,31 +22,19 @@ def _forward(
     lambda_r: float,
     lambda_d: float,
     distillation: str,
-    detach_teacher: bool,
+    detach_teacher_relation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    image_parts, token_parts = (gram.contiguous().unsqueeze(0) for gram in (image_gram, token_gram))
+    # A schema's string is one of the forms by the time it gets here.
+    objective = Objective(lambda_r, lambda_d, 2.0, distillation, detach_teacher_relation)  # type: ignore[arg-type]
     return kernels.launch_forward(
-        image_gram.contiguous().unsqueeze(0),
-        token_gram.contiguous().unsqueeze(0),
-        None,
-        teacher_scores.contiguous(),
-        student_scores.contiguous(),
-        lambda_r,
-        lambda_d,
-        distillation,
-        detach_teacher,
+        image_parts, token_parts, None, teacher_scores.contiguous(), student_scores.contiguous(), objective
     )
 
 
 @_forward.register_fake
 def _(
-    image_gram: Tensor,
-    token_gram: Tensor,
-    teacher_scores: Tensor,
-    student_scores: Tensor,
-    lambda_r: float,
-    lambda_d: float,
-    distillation: str,
-    detach_teacher: bool,
+    image_gram: Tensor, _: Tensor, teacher_scores: Tensor, *_rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return kernels.empty_outputs(image_gram, teacher_scores)
 
@@ -78,28 +68,12 @@ def _differentiate(
     return None, None, grad_teacher, grad_student, None, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    # See relation_scores: an operator's own formula refuses every second derivative.
-    raise NotImplementedError(
-        "gram_terms: backward must run without create_graph=True, got a request for a second derivative; "
-        "use impl='reference' for the terms"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(second_derivative_refusal("gram_terms", "use impl='reference' for the terms"))
 
 
 def gram_terms(
-    image_gram: Tensor,
-    token_gram: Tensor,
-    teacher_scores: Tensor,
-    student_scores: Tensor,
-    *,
-    lambda_r: float = 1.0,
-    lambda_d: float = 0.5,
-    distillation: Distillation = "mutual_information",
-    detach_teacher: bool = False,
+    image_gram: Tensor, token_gram: Tensor, teacher_scores: Tensor, student_scores: Tensor, objective: Objective
 ) -> RelationTerms:
     """Return what the reference does at alpha = 2."""
     *terms, _ = torch.ops.renyi_kd.gram_terms(
@@ -107,9 +81,9 @@ def gram_terms(
         token_gram,
         teacher_scores.flatten(1),
         student_scores.flatten(1),
-        lambda_r,
-        lambda_d,
-        distillation,
-        detach_teacher,
+        objective.lambda_r,
+        objective.lambda_d,
+        objective.distillation,
+        objective.detach_teacher_relation,
     )
     return RelationTerms(*terms)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-
-Distillation = Literal["mutual_information", "cauchy_schwarz"]
 
 # Of <G_T, G_S> / s, to which the diagonal alone adds 1: below, the Cauchy-Schwarz divergence goes on along its tangent.
 # It has 40 bits or more there, and what fp64 rounds off a sum of s^2 cosines is still far less.

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from renyi_kd.ops.dispatch import Impl, resolve
 from renyi_kd.ops.relation_directions import reference
-from renyi_kd.ops.relation_directions.types import RelationWeights
+from renyi_kd.ops.relation_directions.types import Relation, RelationWeights
 
-__all__ = ["RelationWeights", "relation_directions"]
+__all__ = ["Relation", "RelationWeights", "relation_directions"]
 
 # All channels of a token must fit in the registers of one program.
 MAX_CHANNELS = 4096

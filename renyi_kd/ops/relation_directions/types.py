@@ -1,4 +1,4 @@
-"""The weights of a relation module, by name."""
+"""What the operations take of a relation module."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ class RelationWeights(NamedTuple):
     key_bias: Tensor
     feature_weight: Tensor
     feature_bias: Tensor
+
+
+class Relation(NamedTuple):
+    """A relation module as its operations take it.
+
+    Attributes:
+        weights: by name, with gradients.
+        token_eps: added to the variance of a token.
+        feature_eps: added to the variance of a pixel.
+
+    """
+
+    weights: RelationWeights
+    token_eps: float
+    feature_eps: float

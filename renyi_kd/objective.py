@@ -1,0 +1,79 @@
+"""What a loss is asked to be, and what it comes to: weights, order and form; the terms."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from renyi_kd.entropy import check_alpha
+
+Distillation = Literal["mutual_information", "cauchy_schwarz"]
+
+
+class Objective(NamedTuple):
+    """The weights of the loss, the order of its entropies and the form of its distillation term.
+
+    ``infosam_loss.objective`` is that of a loss; a schedule sets another one between two steps:
+    ``infosam_loss.objective = infosam_loss.objective._replace(lambda_d=0.1)``.
+
+    Attributes:
+        lambda_r: weight of the compression term L_r; any finite number.
+        lambda_d: weight of the distillation term L_d; likewise.
+        alpha: order of the entropies, in (0, inf].
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
+        detach_teacher_relation: whether L_d takes the teacher's relation as a constant.
+
+    >>> Objective()._replace(lambda_d=0.1).lambda_d
+    0.1
+
+    """
+
+    lambda_r: float = 1.0
+    lambda_d: float = 0.5
+    alpha: float = 2.0
+    distillation: Distillation = "mutual_information"
+    detach_teacher_relation: bool = False
+
+
+class InfoSAMTerms(NamedTuple):
+    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
+
+    Attributes:
+        loss: ``lambda_r * compression + lambda_d * distillation``.
+        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
+        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, the
+            Cauchy-Schwarz divergence of their Grams, which is 0 where they are equal and positive elsewhere.
+
+    """
+
+    loss: Tensor
+    compression: Tensor
+    distillation: Tensor
+
+
+def check_objective(function: str, objective: Objective) -> None:
+    """Raise unless a loss can be computed for ``objective``; ``function`` begins the message.
+
+    Raises:
+        TypeError: it is no :class:`Objective`.
+        ValueError: a setting is out of its range.
+
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{function}: objective must be an Objective, got {type(objective).__name__}; "
+            "change the one that is there: objective._replace(lambda_d=0.1)"
+        )
+    for name in ("lambda_r", "lambda_d"):
+        weight = getattr(objective, name)
+        # By comparison, as torch.compile traces no math.isfinite of a number that it takes as dynamic.
+        if not isinstance(weight, float | int) or not abs(weight) < math.inf:
+            raise ValueError(f"{function}: {name} must be a finite number, got {weight!r}; 0 switches the term off")
+    check_alpha(function, objective.alpha)
+    if objective.distillation not in get_args(Distillation):
+        raise ValueError(
+            f"{function}: distillation must be one of {get_args(Distillation)}, got {objective.distillation!r}; "
+            "'mutual_information' is the paper's"
+        )

@@ -1,0 +1,31 @@
+"""The features of teacher and student, as the loss takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """What teacher and student made of the same samples.
+
+    Attributes:
+        teacher_map: ``[b, d, h, w]``, floating point, any strides; gets no gradient.
+        teacher_tokens: ``[s, n, d]``; gets no gradient.
+        student_map: as the teacher's, with a gradient.
+        student_tokens: likewise.
+        images: the image of each sample; None when sample i belongs to image i.
+
+    """
+
+    teacher_map: Tensor
+    teacher_tokens: Tensor
+    student_map: Tensor
+    student_tokens: Tensor
+    images: Sequence[int] | None = None
+
+    def constant_teacher(self) -> Pair:
+        """Return the pair without the teacher's graph."""
+        return self._replace(teacher_map=self.teacher_map.detach(), teacher_tokens=self.teacher_tokens.detach())

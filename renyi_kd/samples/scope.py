@@ -1,0 +1,59 @@
+"""How far a loss looks for samples beside those of its batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from renyi_kd.sam.features import SAMFeatures, images_of_pair
+from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.processes import announce_refusal, gather_samples, n_processes
+from renyi_kd.samples.samples import Join, Samples
+
+
+class Scope(NamedTuple):
+    """Which samples a loss goes over.
+
+    Attributes:
+        global_batch: whether those of all processes of the default group.
+        bank: adds samples of earlier steps and keeps those of this one; None for none.
+
+    """
+
+    global_batch: bool = False
+    bank: SampleBank | None = None
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether there are other processes to exchange samples with."""
+        return self.global_batch and n_processes() > 1
+
+    def images(
+        self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, check_finite: bool
+    ) -> list[int] | None:
+        """Return what :func:`images_of_pair` does of enough samples; other processes hear of it where it raises."""
+        least = 1 if self.spans_processes or self.bank is not None else 2
+        if not self.spans_processes:
+            return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
+        try:
+            return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
+        except ValueError:
+            # The others wait for this one's samples.
+            announce_refusal(teacher.image_features.device)
+            raise
+
+    def join(self, function: str) -> Join | None:
+        """Return what adds the samples of other processes and then those of earlier steps; None for the batch alone."""
+        spans_processes, bank = self.spans_processes, self.bank
+        if not spans_processes and bank is None:
+            return None
+
+        def join(samples: Samples) -> Samples:
+            if spans_processes:
+                samples = gather_samples(function, samples)
+            return samples if bank is None else bank.join(samples)
+
+        # Dynamo cannot trace the exchange, and would compile anew every step in which the bank grows. Not in eager
+        # mode, as the name alone would import the compiler.
+        return torch.compiler.disable(join) if torch.compiler.is_compiling() else join  # type: ignore[no-untyped-call]
