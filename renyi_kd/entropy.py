@@ -8,6 +8,7 @@ variables (Yu et al. 2019). Everything is computed in fp64, whatever the dtype o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
 
     Returns:
         ``[...]`` in bits, in the dtype of ``gram``, but at least fp32. Differentiable any number of times at
-        alpha = 2; elsewhere as often as ``torch.linalg.eigvalsh`` is. A matrix with NaN, or of trace zero, gives NaN at
-        alpha = 2; elsewhere ``eigvalsh`` raises ``torch.linalg.LinAlgError`` on the CPU.
+        alpha = 2; elsewhere as often as ``torch.linalg.eigvalsh`` is. Of a matrix with NaN or inf, or of trace zero,
+        value and gradient are NaN at every order, and those of the others in its batch are not touched.
 
     Raises:
         TypeError: ``gram`` is not a floating-point tensor.
@@ -42,11 +43,8 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
     2.0
 
     """
-    _check_gram("renyi_entropy", "gram", gram)
-    check_alpha("renyi_entropy", alpha)
-    normalised = gram.double() / gram.double().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    bits = -normalised.square().sum((-2, -1)).log2() if alpha == 2 else _spectral_entropy(normalised, alpha)
-    return bits.to(torch.promote_types(gram.dtype, torch.float32))
+    _check("renyi_entropy", {"gram": gram}, alpha)
+    return _entropy(gram, alpha=alpha)
 
 
 def joint_entropy(*grams: Tensor, alpha: float = 2.0) -> Tensor:
@@ -77,20 +75,8 @@ def joint_entropy(*grams: Tensor, alpha: float = 2.0) -> Tensor:
     """
     if not grams:
         raise ValueError("joint_entropy: grams must hold at least one Gram matrix, got none; pass one per variable")
-    for index, gram in enumerate(grams):
-        _check_gram("joint_entropy", f"grams[{index}]", gram)
-        if gram.shape[-1] != grams[0].shape[-1]:
-            raise ValueError(
-                f"joint_entropy: grams must share their samples, got shapes {[tuple(g.shape) for g in grams]}; "
-                "compute every Gram over the same samples in the same order"
-            )
-    product = grams[0].double()
-    for gram in grams[1:]:
-        product = product * gram.double()
-    dtype = torch.float32
-    for gram in grams:
-        dtype = torch.promote_types(dtype, gram.dtype)
-    return renyi_entropy(product, alpha).to(dtype)
+    _check("joint_entropy", {f"grams[{index}]": gram for index, gram in enumerate(grams)}, alpha)
+    return _entropy(*grams, alpha=alpha)
 
 
 def conditional_entropy(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
@@ -118,7 +104,8 @@ def conditional_entropy(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
     2.0
 
     """
-    return joint_entropy(a, b, alpha=alpha) - renyi_entropy(b, alpha)
+    _check("conditional_entropy", {"a": a, "b": b}, alpha)
+    return _entropy(a, b, alpha=alpha) - _entropy(b, alpha=alpha)
 
 
 def mutual_information(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
@@ -149,7 +136,28 @@ def mutual_information(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
     2.0
 
     """
-    return renyi_entropy(a, alpha) + renyi_entropy(b, alpha) - joint_entropy(a, b, alpha=alpha)
+    _check("mutual_information", {"a": a, "b": b}, alpha)
+    return _entropy(a, alpha=alpha) + _entropy(b, alpha=alpha) - _entropy(a, b, alpha=alpha)
+
+
+def _entropy(*grams: Tensor, alpha: float) -> Tensor:
+    product, dtype = grams[0].double(), torch.promote_types(grams[0].dtype, torch.float32)
+    for gram in grams[1:]:
+        product, dtype = product * gram.double(), torch.promote_types(dtype, gram.dtype)
+    return _fp64_entropy(product, alpha).to(dtype)
+
+
+def _fp64_entropy(gram: Tensor, alpha: float) -> Tensor:
+    normalised = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    finite = normalised.isfinite().all(-1).all(-1)
+    # As a factor, so that the gradient is NaN too, and a GradScaler skips the step.
+    factor = torch.where(finite, 1.0, math.nan)
+    if alpha == 2:
+        return -normalised.square().sum((-2, -1)).log2() * factor
+    # On a CPU eigvalsh raises for NaN, of which it is given none.
+    stand_in = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    bits = _spectral_entropy(torch.where(finite[..., None, None], normalised, stand_in), alpha)
+    return torch.where(finite, bits, (normalised * factor[..., None, None]).sum((-2, -1)))
 
 
 def _spectral_entropy(normalised: Tensor, alpha: float) -> Tensor:
@@ -176,6 +184,18 @@ def check_alpha(function: str, alpha: float) -> None:
         raise ValueError(
             f"{function}: alpha must be a number above 0, got {alpha!r}; 2 is the order with a closed form"
         )
+
+
+def _check(function: str, grams: Mapping[str, Tensor], alpha: float) -> None:
+    for name, gram in grams.items():
+        _check_gram(function, name, gram)
+    shapes = [tuple(gram.shape) for gram in grams.values()]
+    if len({n_samples for *_, n_samples in shapes}) > 1:
+        raise ValueError(
+            f"{function}: grams must share their samples, got shapes {shapes}; "
+            "compute every Gram over the same samples in the same order"
+        )
+    check_alpha(function, alpha)
 
 
 def _check_gram(function: str, name: str, gram: Tensor) -> None:

@@ -187,6 +187,22 @@ def test_a_value_that_is_not_finite_is_named_or_makes_the_loss_not_finite(teache
     assert not InfoSAMLoss(DIM)(**features).isfinite()
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.01, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("form", ["mutual_information", "cauchy_schwarz"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_has_nan_for_loss_and_gradients_at_every_order(teacher, student, bad, form, alpha):
+    """Of one overflow in fp16 a spectrum raises; a GradScaler would skip the step."""
+    student.image_features[0, 3, 1, 1] = bad
+    infosam = InfoSAMLoss(DIM, alpha=alpha, distillation=form)
+    trained = in_training(student)
+    loss = infosam(teacher, trained)
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, [trained.image_features, trained.mask_tokens, *infosam.parameters()]):
+        assert gradient.isnan().any()
+    assert infosam.diagnostics().student_entropy.isnan()
+    assert infosam.diagnostics().teacher_entropy.isfinite()
+
+
 def test_every_row_that_is_not_finite_is_named(relation, teacher, student):
     teacher.mask_tokens[[0, 3]] = math.nan
     with pytest.raises(ValueError, match=r"teacher\.mask_tokens must be finite, got NaN or inf in rows \[0, 3\] of 4"):
