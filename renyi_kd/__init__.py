@@ -10,6 +10,7 @@ from renyi_kd.objective import InfoSAMTerms, Objective
 from renyi_kd.ops.dispatch import Implementation, implementation
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.step import Call, Step
 from renyi_kd.sam.tap import Tap, tap
 from renyi_kd.teachers.adapter_disabled import AdapterDisabled
 from renyi_kd.teachers.cached import CachedTeacher
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterDisabled",
     "CachedTeacher",
+    "Call",
     "Implementation",
     "InfoSAMLoss",
     "InfoSAMTerms",
@@ -27,6 +29,7 @@ __all__ = [
     "RelationDiagnostics",
     "RelationModule",
     "SAMFeatures",
+    "Step",
     "Tap",
     "Teacher",
     "conditional_entropy",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
@@ -13,10 +14,13 @@ from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_obje
 from renyi_kd.ops.dispatch import Impl, resolve
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures, check_features
+from renyi_kd.sam.inputs import CompareInputs, Comparison
+from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.bank import SampleBank
 from renyi_kd.samples.scope import Scope
 from renyi_kd.teachers.cached import CachedTeacher
+from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
 
 Token = Literal["first", "all"] | int
@@ -44,6 +48,10 @@ class InfoSAMLoss(nn.Module):
             of one, whose first step then gives 0. A step without gradient sees them too, and leaves none. The teacher's
             maps of so many samples stay in memory; the state dict holds none.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
+        compare_inputs: whether images and prompts that reach teacher and student are compared: ``"first"`` in full in
+            the first steps and by number, shape and memory afterwards, ``"always"`` in full, which waits for the device
+            in every step, ``"never"`` not at all, for models that are meant to see different things. Prompts that are
+            masks are left out.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
 
     Raises:
@@ -67,6 +75,7 @@ class InfoSAMLoss(nn.Module):
         global_batch: bool = False,
         bank_size: int = 0,
         check_finite: bool = False,
+        compare_inputs: CompareInputs = "first",
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -84,7 +93,9 @@ class InfoSAMLoss(nn.Module):
         self.impl: Impl = impl
         self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None)
         self._relation_grams: tuple[Tensor, Tensor] | None = None
-        self._known_pair: tuple[int, int] | None = None
+        self._pair = ModelPair()
+        self._comparison = Comparison(compare_inputs)
+        self._gradient_watch = _GradientWatch()
 
     def forward(self, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
         """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
@@ -94,11 +105,11 @@ class InfoSAMLoss(nn.Module):
         """Return the loss of a step and its two terms, in bits.
 
         A tapped student contributes what it computed since the last call, or is run on ``batch`` if there is nothing.
-        The teacher is always run here, on ``batch``, in eval mode and without gradient.
+        The teacher is always run here, on what the student ran on, in eval mode and without gradient.
 
         Args:
             teacher: the tap of the frozen model, :class:`AdapterDisabled`, :class:`CachedTeacher`, anything else with
-                their two members, or :class:`SAMFeatures`.
+                ``observe(step)``, or :class:`SAMFeatures`.
             student: the tap of the model in training, or its :class:`SAMFeatures`.
             batch: what the models run on. May be None if the student has run (the teacher then runs on what it ran
                 on, which may be several batches), or if no teacher has to run.
@@ -106,61 +117,38 @@ class InfoSAMLoss(nn.Module):
         Raises:
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
             RuntimeError: a tap has nothing to give; see :meth:`Tap.take` and :meth:`Tap.observe`.
-            ValueError: as :func:`infosam_terms`; or teacher and student share modules.
+            ValueError: as :func:`infosam_terms`; or teacher and student share what is trained, or saw other images or
+                prompts.
+
+        Warns:
+            UserWarning: the relation module's gradients are never cleared, or the teacher has the student's adapters.
 
         """
-        kinds = (("teacher", teacher, (Teacher, SAMFeatures)), ("student", student, (Tap, SAMFeatures)))
-        for name, source, allowed in kinds:
-            if not isinstance(source, allowed):
-                raise TypeError(
-                    f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
-                    f"attach to a model once, before the loop: {name} = tap(model)"
-                )
-        frozen = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-        if isinstance(frozen, Tap) and isinstance(student, Tap):
-            self._refuse_shared_weights(frozen, student)
-        # What the student ran on, rather than the batch: its prompts may have been made in the loop. A function of
-        # the user's for the teacher takes the batch.
-        uses_pending = isinstance(student, Tap) and student.pending and torch.is_grad_enabled()
-        batches = student.batches if isinstance(student, Tap) and uses_pending else ()
-        if batch is not None and (not batches or (not isinstance(teacher, SAMFeatures) and teacher.needs_batch)):
-            batches = (batch,)
-        if not isinstance(teacher, SAMFeatures) and not batches:
-            raise ValueError(
-                "InfoSAMLoss: batch must be given for the teacher to run on, got None; pass what the student ran on, "
-                "or run the student through its tap: student(batch)"
-            )
-        # The student first: what it has collected may be stale, and a teacher's forward is dear.
-        student_features = student.take(batch) if isinstance(student, Tap) else student
-        if isinstance(teacher, CachedTeacher):
-            teacher_features = teacher.observe(*batches, ids_from=batches if batch is None else (batch,))
-        else:
-            teacher_features = teacher if isinstance(teacher, SAMFeatures) else teacher.observe(*batches)
+        if not isinstance(teacher, Teacher | SAMFeatures):
+            raise TypeError(_not_tapped("teacher", teacher))
+        if not isinstance(student, Tap | SAMFeatures):
+            raise TypeError(_not_tapped("student", student))
+        step = Step(batch)
+        # The student first: what it has collected may be stale, and a teacher's forward takes long.
+        if isinstance(student, Tap):
+            frozen = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+            if isinstance(frozen, Tap):
+                self._pair.check(frozen, student)
+            self._gradient_watch.look(self.relation, student.model)
+            student, step = student.take_step(batch)
+        if not isinstance(teacher, SAMFeatures):
+            teacher = teacher.observe(step._replace(comparison=self._comparison))
         terms, self._relation_grams = relation_terms(
             "InfoSAMLoss",
             self.relation,
-            _with_token("teacher", teacher_features, self.token),
-            _with_token("student", student_features, self.token),
+            _with_token("teacher", teacher, self.token),
+            _with_token("student", student, self.token),
             self.objective,
             self._scope,
             check_finite=self.check_finite,
             impl=self.impl,
         )
         return terms
-
-    def _refuse_shared_weights(self, teacher: Tap, student: Tap) -> None:
-        if self._known_pair == (id(teacher), id(student)):
-            return
-        trained = {id(parameter) for parameter in student.model.parameters() if parameter.requires_grad}
-        shared = [name for name, parameter in teacher.model.named_parameters() if id(parameter) in trained]
-        inner = {id(module) for module in student.model.modules()}
-        if shared or (teacher is student) or any(id(module) in inner for module in teacher.model.modules()):
-            raise ValueError(
-                "InfoSAMLoss: teacher and student must be models of their own, got models that share modules"
-                f"{f', of which {shared[0]} is trained' if shared else ''}; copy the teacher before PEFT changes the "
-                "model in place: teacher = tap(copy.deepcopy(model)), or use AdapterDisabled(student)"
-            )
-        self._known_pair = (id(teacher), id(student))
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return the state of the relations in the last step: entropies and similarities, without gradient.
@@ -237,3 +225,37 @@ def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
             f"{features.mask_tokens.shape[1]} tokens; 'first' and 'all' always exist"
         )
     return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
+
+
+def _not_tapped(name: str, source: object) -> str:
+    return (
+        f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
+        f"attach to a model once, before the loop: {name} = tap(model)"
+    )
+
+
+class _GradientWatch:
+    """Notices a loop that clears the gradients of the model and not those of the relation module."""
+
+    def __init__(self) -> None:
+        self._before: weakref.ref[Tensor] | None = None
+        self._warned = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _GradientWatch, ()
+
+    def look(self, relation: RelationModule, student: nn.Module) -> None:
+        gradient = relation.key_proj.weight.grad
+        before, self._before = self._before, None if gradient is None else weakref.ref(gradient)
+        # A gradient that was cleared is another tensor in the next step; one that adds up is the same.
+        if self._warned or gradient is None or before is None or before() is not gradient:
+            return
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if trained and all(parameter.grad is None for parameter in trained):
+            self._warned = True
+            warnings.warn(
+                "InfoSAMLoss: gradients must be cleared in every step, got those of the relation module from the step "
+                "before where the model's were cleared; call infosam_loss.zero_grad() too, or zero_grad() of an "
+                "optimiser that holds both",
+                stacklevel=5,
+            )

@@ -387,9 +387,7 @@ def test_a_decoder_that_is_never_called_is_named():
 
     student, batch = tap(EncoderOnly(TinySamDecoder())), torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     student(batch)
-    with pytest.raises(
-        RuntimeError, match=r"must call its mask decoder before the loss, got a run with nothing collected; call the"
-    ):
+    with pytest.raises(RuntimeError, match=r"it ran, and none of its decoders \(mask_decoder\) was called; name the"):
         student.take(batch)
     with pytest.raises(RuntimeError, match="must call its mask decoder"):
         student.observe(batch)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from examples.torchvision_compat import ensure_importable
-from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
+from renyi_kd import AdapterDisabled, CachedTeacher, Call, InfoSAMLoss, SAMFeatures, Step, Teacher, tap
+from renyi_kd.sam.memory import snapshot
 from renyi_kd.teachers.encoder_cache import EncoderCache
 from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
 
@@ -277,11 +278,12 @@ def test_several_batches_and_ids_of_a_function_or_a_tensor(tmp_path):
     for batch in batches:
         batch["index"] = torch.arange(2) + 2 * int(batch is batches[1])
     by_name = CachedTeacher(tap(model), tmp_path, sample_ids="index")
-    assert len(by_name.observe(*batches).mask_tokens) == 4
+    step = Step(ran=tuple(Call(batch=snapshot(batch)) for batch in batches))
+    assert len(by_name.observe(step).mask_tokens) == 4
     by_function = CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: batch["index"].tolist())
-    by_function.observe(*batches)
-    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: batch["index"].numpy()).observe(*batches)
-    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: list(batch["index"])).observe(*batches)
+    by_function.observe(step)
+    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: batch["index"].numpy()).observe(step)
+    CachedTeacher(tap(model), tmp_path, sample_ids=lambda batch: list(batch["index"])).observe(step)
     assert calls == [2, 2]
 
 
@@ -561,11 +563,9 @@ def test_several_processes_and_a_kill_leave_whole_files_only(tmp_path):
 # the protocol
 
 
-def test_anything_with_the_two_members_is_a_teacher():
+def test_anything_that_observes_a_step_is_a_teacher():
     class Constant:
-        needs_batch = False
-
-        def observe(self, *batches: object) -> SAMFeatures:
+        def observe(self, step: Step) -> SAMFeatures:
             return SAMFeatures(torch.randn(2, DIM, 4, 4), torch.randn(2, 1, DIM))
 
     loss = InfoSAMLoss(DIM, token="first")

@@ -12,7 +12,7 @@ Place = str | tuple[str, Callable[[Any], Tensor]]
 
 # What wrappers put into the names of modules; peft keeps a trained copy and the original of a module.
 _WRAPPERS = re.compile(
-    r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|modules_to_save\.\w+"
+    r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|modules_to_save\.[^.]+"
     r"|original_module)(?=\.)"
 )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from renyi_kd.sam.module_paths import modules_at
+from renyi_kd.sam.module_paths import modules_at, plain
 
 
 class Family(NamedTuple):
@@ -52,6 +54,8 @@ FAMILIES = (
 
 # The attribute that holds the image encoder, in Meta's models and their kin, and in transformers.
 _ENCODERS = ("image_encoder", "vision_encoder")
+# Likewise the prompt encoder, with whatever stands before it.
+_PROMPT_ENCODER = "prompt_encoder"
 
 _NAME_PLACES = "name what stands for both features: tap(model, image_features='path', mask_tokens='path')"
 
@@ -77,6 +81,12 @@ class Decoder(NamedTuple):
     family: Family
 
     @property
+    def n_tokens(self) -> int:
+        """The number of its mask tokens."""
+        n_tokens: int = getattr(getattr(self.module, self.family.token_embedding), "num_embeddings", 1)
+        return n_tokens
+
+    @property
     def token_modules(self) -> list[nn.Module]:
         """The hypernetworks: one for each mask token, or one for all."""
         modules = getattr(self.module, self.family.token_modules)
@@ -88,9 +98,8 @@ class Decoder(NamedTuple):
         AutoGluon's Conv-LoRA passes all tokens to the first, ``[b, p, n, d]``. A hypernetwork that several tokens share
         gets them at once, ``[s, n, d]``, or in one call after the other, and the number is then that of the call.
         """
-        n_tokens = getattr(getattr(self.module, self.family.token_embedding), "num_embeddings", 1)
-        shared = n_tokens > 1 and len(self.token_modules) == 1
-        if value.ndim == 4 or (shared and value.ndim == 3 and value.shape[1] == n_tokens):
+        shared = self.n_tokens > 1 and len(self.token_modules) == 1
+        if value.ndim == 4 or (shared and value.ndim == 3 and value.shape[1] == self.n_tokens):
             return list(enumerate(value.unbind(-2)))
         return [(None if shared else number, value)]
 
@@ -132,3 +141,26 @@ def encoder_of(model: nn.Module, path: str | None) -> nn.Module:
         f"CachedTeacher: the teacher must have an image encoder, got {type(model).__name__} without "
         f"{' or '.join(_ENCODERS)}; name it: encoder='path.of.module'"
     )
+
+
+def image_encoder_of(model: nn.Module, decoder: str) -> nn.Module | None:
+    """Return the image encoder that stands nearest to a decoder of this name; None where there is none."""
+    return _nearest(model, decoder, lambda name: name in _ENCODERS)
+
+
+def prompt_encoder_of(model: nn.Module, decoder: str) -> nn.Module | None:
+    """Return the prompt encoder that stands nearest to a decoder of this name; None where there is none."""
+    return _nearest(model, decoder, lambda name: name.endswith(_PROMPT_ENCODER))
+
+
+def _nearest(model: nn.Module, decoder: str, is_meant: Callable[[str], bool]) -> nn.Module | None:
+    """Return the module of a meant name that shares most of its path with the decoder; of nested ones the outer."""
+    best: nn.Module | None = None
+    most = -1
+    for name, module in model.named_modules():
+        if is_meant(name.rpartition(".")[2]):
+            same = (a == b for a, b in zip(plain(name).split("."), plain(decoder).split("."), strict=False))
+            common = len(list(takewhile(bool, same)))
+            if common > most:
+                best, most = module, common
+    return best

@@ -1,29 +1,67 @@
-"""What the decoder calls of one step left behind, until the loss takes it."""
+"""What one step left behind: the calls of the model and of its parts, until the loss takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.inputs import Inputs, Seen
+from renyi_kd.sam.memory import snapshot, storage_of, version
+from renyi_kd.sam.step import Call
+
+# Encoder calls that no decoder call has followed: embeddings that are computed for later use.
+_MOST_WAITING = 256
+# Seven clicks on each of eight frames are 64 calls; far more than that is a forgotten loss, and holds its graph.
+_MANY_CALLS = 256
 
 
-class _Map(NamedTuple):
-    """Image features, and the version of their memory when they were seen."""
+class _Held(NamedTuple):
+    """A tensor of the model, and the version of its memory when it was seen."""
 
     value: Tensor
     version: int
 
+    def overwritten(self) -> bool:
+        return version(self.value) != self.version
 
-class _Call(NamedTuple):
-    """One call of a mask decoder: its name, its image features and its tokens by number."""
+
+@dataclass
+class DecoderCall:
+    """One call of a mask decoder.
+
+    Attributes:
+        decoder: its name.
+        image: its image features.
+        with_gradient: whether it counts.
+        layout: how many images and prompts it was told to have, ``(b, p)``, by the shape of its prompts; or None.
+        groups: its mask tokens by number; more than one group where it loops.
+        prompts: what reached the prompt encoder for it.
+
+    """
 
     decoder: str
-    image: _Map
-    tokens: dict[int, Tensor]
+    image: _Held
+    with_gradient: bool
+    layout: tuple[int, int] | None = None
+    groups: list[dict[int, _Held]] = field(default_factory=list)
+    prompts: list[Seen] = field(default_factory=list)
+
+
+class _UnderWay(NamedTuple):
+    """A run that has begun, and what there was before it."""
+
+    call: Call
+    with_gradient: bool
+    n_calls: int
+    n_runs: int
+    n_images: int
+    encoded_before: bool
 
 
 class _Backward:
@@ -35,40 +73,118 @@ class _Backward:
         self.seen = True
 
 
-class Capture:
-    """Collects the calls of a step: image features first, then each call's mask tokens, then the end of the call.
+class Recording:
+    """Collects a step: what reaches the encoders, the decoder's calls with their tokens, the calls of the whole model.
 
-    The same image features in several calls (clicks, prompts) are kept once. A call that did not end, because an
-    exception left it, does not count.
+    Which calls count is one rule: those with gradient. Those without, inside a run of the model with gradient, are kept
+    as calls that do not count, so that the teacher's can be told apart in the same way; others leave nothing. A call
+    that did not end, because an exception left it, does not count.
+
+    Args:
+        observing: whether everything counts, as in a run without gradient that is made for the features.
+
     """
 
-    def __init__(self) -> None:
-        self._calls: list[_Call] = []
-        self._open: _Call | None = None
+    def __init__(self, observing: bool = False) -> None:
+        self.observing = observing
+        # The runs that are under way, from the outermost.
+        self._under_way: list[_UnderWay] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self.calls: list[DecoderCall] = []
+        self.runs: list[Call] = []
+        # What happened that keeps a step from having features.
+        self.ran_without_gradient = False
+        self.ran_past_its_call = False
+        self.ran_in_threads = False
+        self.encoder_lost_gradient = False
+        self.ran_without_decoder = False
+        self._images: list[Seen] = []
+        self._waiting_images: list[Seen] = []
+        self._waiting_prompts: list[Seen] = []
+        self._open: DecoderCall | None = None
         self._backward = _Backward()
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return sum(call.with_gradient for call in self.calls)
 
     @property
     def differentiated(self) -> bool:
         """Whether backward has run through the calls."""
         return self._backward.seen
 
-    def add_image(self, image_features: Tensor, decoder: str = "") -> None:
-        """Begin a call of a decoder on these image features."""
-        image = _Map(image_features, _version(image_features))
-        same = (call.image for call in self._calls if _are_one(call.image, image))
-        self._open = _Call(decoder, next(same, image), {})
+    def begin_run(self, batch: Any) -> None:
+        """Begin a run of the model, or of a function that runs it, on a batch."""
+        self._begin(Call(batch=snapshot(batch)))
 
-    def add_tokens(self, number: int | None, tokens: Tensor) -> None:
-        """Add mask token ``number``, or the next, of the open call: ``[..., d]`` with one row per sample."""
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a call of the whole model, by the loop or within a run."""
+        around = self._under_way[-1].call.batch if self._under_way else None
+        self._begin(Call(around, snapshot((args, kwargs))))
+
+    def end_run(self) -> None:
+        """End a run or a call; later tokens belong to no image features that were last seen in it."""
+        self._open = None
+        if not self._under_way:
+            return
+        ended = self._under_way.pop()
+        new = [call for call in self.calls[ended.n_calls :] if call.with_gradient]
+        if not self._with_gradient() or len(self.runs) > ended.n_runs:
+            return
+        if not new:
+            self.ran_without_decoder = True
+            return
+        encoded = self._n_images() > ended.n_images
+        given = not encoded and (ended.encoded_before or any(call.image.value.requires_grad for call in new))
+        own_embeddings = given and ended.call.arguments is not None
+        self.runs.append(ended.call._replace(own_embeddings=own_embeddings, encoded=encoded))
+
+    def see_image(self, image: Seen) -> None:
+        """Note what reached the image encoder; not in a validation."""
+        self._drop_differentiated()
+        if not self._in_validation():
+            self._waiting_images = [*self._waiting_images[1 - _MOST_WAITING :], image]
+
+    def see_prompts(self, prompts: Seen) -> None:
+        """Note what reached the prompt encoder; not in a validation."""
+        self._drop_differentiated()
+        if not self._in_validation():
+            self._waiting_prompts = [*self._waiting_prompts[1 - _MOST_WAITING :], prompts]
+
+    def begin_call(self, image_features: Tensor, decoder: str = "", layout: tuple[int, int] | None = None) -> None:
+        """Begin a call of a decoder on these image features."""
+        self._drop_differentiated()
+        with_gradient = self._with_gradient()
+        if not with_gradient:
+            self.ran_without_gradient = True
+        if not with_gradient and not (self._under_way and self._under_way[0].with_gradient):
+            # A validation that calls the model's parts.
+            self._waiting_images, self._waiting_prompts, self._open = [], [], None
+            return
+        self._open_call(image_features, with_gradient, decoder, layout)
+
+    def begin_place(self, image_features: Tensor) -> None:
+        """Begin a call whose image features the user named; whether it has gradient is for its tokens to say."""
+        self._drop_differentiated()
+        if not self._in_validation():
+            self._open_call(image_features, True)
+
+    def add_tokens(self, number: int | None, tokens: Tensor, n_tokens: int | None = None) -> None:
+        """Add mask token ``number``, or the next of ``n_tokens``, of the open call: ``[..., d]``, a row a sample."""
         if self._open is None:
-            raise RuntimeError(
-                "tap: image_features must be seen before mask_tokens in every forward, got mask tokens first; "
-                "name a module of image_features that runs before the one of mask_tokens"
-            )
-        self._open.tokens[len(self._open.tokens) if number is None else number] = tokens
+            self.ran_past_its_call |= not self._in_validation() and self._with_gradient()
+            return
+        groups = self._open.groups
+        if not groups or (number is None and n_tokens is not None and len(groups[-1]) >= n_tokens):
+            groups.append({})
+        number = len(groups[-1]) if number is None else number
+        held = _Held(tokens, version(tokens))
+        if number in groups[-1]:
+            if _are_one(groups[-1][number], held):
+                return
+            groups.append({})
+        groups[-1][number] = held
 
     def watch(self, value: Any) -> None:
         """Note when backward runs through a tensor of the model, alone or in a module's output."""
@@ -86,22 +202,73 @@ class Capture:
 
         A call whose tokens no hook has seen, as in a part of the model that was compiled before, does not count.
         """
-        if self._open is not None and self._open.tokens:
-            self._calls.append(self._open)
-            self._open = _Call(self._open.decoder, self._open.image, {})
+        call = self._open
+        if call is None or not call.groups:
+            return
+        call.prompts = self._waiting_prompts
+        self._images += self._waiting_images
+        self._waiting_images, self._waiting_prompts = [], []
+        self.calls.append(call)
+        if len(self.calls) == _MANY_CALLS and not self.observing:
+            warnings.warn(
+                f"tap: {_MANY_CALLS} decoder calls are waiting for a loss, and keep their graph in memory; run what "
+                "needs no loss under torch.no_grad(), or call clear() on the tap when a step's loss is skipped",
+                stacklevel=2,
+            )
+        self._open = DecoderCall(call.decoder, call.image, call.with_gradient, call.layout)
 
-    def end_forward(self) -> None:
-        """Let no later tokens belong to the image features that were last seen."""
-        self._open = None
+    def end_place(self, output: Any) -> None:
+        """End a call whose image features and tokens the user named; without gradient it counts as a validation."""
+        if self._open is not None and not self._with_gradient():
+            self.ran_without_gradient = True
+            self._open.with_gradient = False
+            if not self._under_way:
+                self._open = None
+        self.watch(output)
+        self.end_call()
 
-    def features(self) -> SAMFeatures:
-        """Return all calls as one: maps of distinct images, samples in the order of the calls.
+    def inputs(self) -> Inputs:
+        """Return what reached the encoders for the calls that count."""
+        counted = [call for call in self.calls if call.with_gradient]
+        return Inputs(
+            tuple(self._images),
+            tuple(each for call in counted for each in call.prompts),
+            frozenset(storage for call in counted if (storage := storage_of(call.image.value)) is not None),
+            tuple(call.with_gradient for call in self.calls),
+            tuple(each for call in self.calls for each in call.prompts),
+        )
+
+    def leave_out(self, with_gradient: Sequence[bool]) -> None:
+        """Let only those calls count whose counterparts do; ``with_gradient`` says of each whether it does.
 
         Raises:
-            RuntimeError: the calls do not fit together, or image features were overwritten since.
+            RuntimeError: there are not as many calls.
 
         """
-        decoders = list(dict.fromkeys(call.decoder for call in self._calls))
+        if all(with_gradient):
+            return
+        if len(self.calls) == len(with_gradient):
+            for call, counts in zip(self.calls, with_gradient, strict=True):
+                call.with_gradient = counts
+        elif len(self.calls) != sum(with_gradient):
+            raise RuntimeError(
+                f"tap: the teacher must call its decoder as often as the student, got {len(self.calls)} calls where "
+                f"the student made {sum(with_gradient)} with gradient and {with_gradient.count(False)} without; run "
+                "both by the same function: tap(model, call=...)"
+            )
+
+    def features(self, groups_are_images: bool = False) -> SAMFeatures:
+        """Return the calls that count as one: maps of distinct images, samples in the order of the calls.
+
+        Args:
+            groups_are_images: whether a decoder that makes several groups of tokens in a call loops over its images.
+
+        Raises:
+            RuntimeError: the calls do not fit together, have no samples, or were overwritten since.
+
+        """
+        calls = [call for call in self.calls if call.with_gradient]
+        decoders = list(dict.fromkeys(call.decoder for call in calls))
         if len(decoders) > 1:
             raise RuntimeError(
                 f"tap: one mask decoder must run in a step, got calls of {' and '.join(map(repr, decoders))}, whose "
@@ -110,8 +277,9 @@ class Capture:
         first_image: dict[int, int] = {}
         maps: list[Tensor] = []
         rows, index = [], []
-        for _, image, by_number in self._calls:
-            if image.version != _version(image.value):
+        for call in calls:
+            image = call.image
+            if image.overwritten():
                 raise RuntimeError(
                     "tap: image features must stay as they are until the loss is computed, got features that were "
                     "overwritten in place; pass a tensor of its own to each decoder call"
@@ -119,31 +287,124 @@ class Capture:
             if id(image) not in first_image:
                 first_image[id(image)] = sum(map(len, maps))
                 maps.append(image.value)
-            tokens = torch.stack([by_number[number].flatten(0, -2) for number in sorted(by_number)], 1)
-            n_images, n_samples = len(image.value), len(tokens)
-            if n_samples % n_images:
-                raise RuntimeError(
-                    f"tap: a decoder call must have as many prompts for every image, got {n_samples} samples for "
-                    f"{n_images} images; call the decoder once per image"
-                )
-            rows.append(tokens)
-            index.append(first_image[id(image)] + torch.arange(n_images).repeat_interleave(n_samples // n_images))
+            for tokens, images in _samples(call, groups_are_images):
+                rows.append(tokens)
+                index.append(first_image[id(image)] + images)
         if len({tuple(value.shape[1:]) for value in maps}) > 1:
             raise RuntimeError(
                 f"tap: image features of one step must have one size, got {[tuple(value.shape) for value in maps]}; "
                 "call the loss once per image size"
             )
         image_index = torch.cat(index)
+        if not len(image_index):
+            raise RuntimeError(
+                f"tap: the images of a step must have prompts, got {sum(map(len, maps))} images without any; leave the "
+                "loss out of such a step, and call clear() on the student's tap"
+            )
         one_to_one = torch.equal(image_index, torch.arange(sum(map(len, maps))))
         return SAMFeatures(_joined(maps), torch.cat(rows), None if one_to_one else image_index)
 
+    def _open_call(
+        self, image_features: Tensor, with_gradient: bool, decoder: str = "", layout: tuple[int, int] | None = None
+    ) -> None:
+        image = _Held(image_features, version(image_features))
+        known = next((call.image for call in self.calls if _are_one(call.image, image)), image)
+        self._open = DecoderCall(decoder, known, with_gradient, layout)
 
-def _version(tensor: Tensor) -> int:
-    # Inference tensors have no version: autograd does not track what happens to them.
-    return 0 if tensor.is_inference() else tensor._version
+    def _with_gradient(self) -> bool:
+        return self.observing or torch.is_grad_enabled()
+
+    def _in_validation(self) -> bool:
+        return bool(self._under_way) and not self._under_way[0].with_gradient
+
+    def _begin(self, call: Call) -> None:
+        self._drop_differentiated()
+        before = _UnderWay(
+            call, self._with_gradient(), len(self.calls), len(self.runs), self._n_images(), bool(self._waiting_images)
+        )
+        self._under_way.append(before)
+
+    def _n_images(self) -> int:
+        return len(self._images) + len(self._waiting_images)
+
+    def _drop_differentiated(self) -> None:
+        """Forget calls that a backward pass has used already."""
+        if self.differentiated:
+            self._restart()
 
 
-def _are_one(known: _Map, new: _Map) -> bool:
+def _samples(call: DecoderCall, groups_are_images: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return the mask tokens ``[s, n, d]`` of each group of a call, with the image of each sample."""
+    n_images, n_groups = len(call.image.value), len(call.groups)
+    looped = n_groups > 1 and n_images > 1
+    if looped and not (groups_are_images and n_groups == n_images):
+        raise RuntimeError(
+            f"tap: a decoder call must tell which samples belong to which image, got {n_groups} groups of mask tokens "
+            f"for {n_images} images; call the decoder once per image or, where it loops over its images and nothing "
+            "else, say so: tap(model, decoder_loops_over_images=True)"
+        )
+    parts = []
+    for number, group in enumerate(call.groups):
+        if sorted(group) != list(range(len(group))):
+            raise RuntimeError(
+                f"tap: a decoder call must give its mask tokens from 0 on, got numbers {sorted(group)}; a hypernetwork "
+                "was replaced after the model was tapped: tap it again"
+            )
+        if any(held.overwritten() for held in group.values()):
+            raise RuntimeError(
+                "tap: mask tokens must stay as they are until the loss is computed, got tokens that were overwritten "
+                "in place; leave the decoder's tokens as they are, or use a copy of them"
+            )
+        values = [group[number].value for number in range(len(group))]
+        tokens = torch.stack([value.flatten(0, -2) for value in values], 1)
+        images = torch.full((len(tokens),), number) if looped else _images(values[0], n_images, call.layout)
+        keep = None if looped else _true_prompts(call.prompts, tuple(values[0].shape[:-1]))
+        parts.append((tokens, images) if keep is None else (tokens[keep.to(tokens.device)], images[keep]))
+    return parts
+
+
+def _images(tokens: Tensor, n_images: int, layout: tuple[int, int] | None) -> Tensor:
+    """Return the image of each sample of tokens ``[s, d]`` or ``[b, p, d]``, by what the shapes say of it."""
+    shape = tokens.shape[:-1]
+    n_samples = shape.numel()
+    if n_images == 1:
+        return torch.zeros(n_samples, dtype=torch.int64)
+    if len(shape) == 2 and shape[0] == n_images:
+        return torch.arange(n_images).repeat_interleave(shape[1])
+    if layout is not None and layout[0] == n_images and n_samples == n_images * layout[1]:
+        return torch.arange(n_images).repeat_interleave(layout[1])
+    if shape == (n_images,):
+        return torch.arange(n_images)
+    raise RuntimeError(
+        f"tap: a decoder call must tell which samples belong to which image, got {n_samples} samples for {n_images} "
+        "images; call the decoder once per image, or name a place that gives the tokens as [b, p, n, d]"
+    )
+
+
+def _true_prompts(prompts: Sequence[Seen], shape: tuple[int, ...]) -> Tensor | None:
+    """Return which samples are prompts, where some may be padding, on the CPU; None where none is.
+
+    The processors of transformers fill prompts up to one number with -10, as labels and as coordinates.
+    """
+    if len(prompts) != 1 or len(shape) != 2 or shape[1] == 1:
+        return None
+    padding: Tensor | None = None
+    for name, value in prompts[0].arguments.items():
+        if (
+            isinstance(value, Tensor)
+            and value.ndim >= 3
+            and value.shape[:2] == shape
+            and ("label" in name or "box" in name)
+        ):
+            filled = (value == -10).flatten(2).all(-1)
+            padding = filled if padding is None else padding & filled
+    if padding is None:
+        return None
+    keep = ~padding.flatten().cpu()
+    return None if bool(keep.all()) else keep
+
+
+def _are_one(known: _Held, new: _Held) -> bool:
     """Return whether two tensors show the same values to autograd, as when one image is decoded again."""
     a, b = known.value, new.value
     if known.version != new.version:

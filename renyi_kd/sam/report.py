@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from renyi_kd.sam.module_paths import plain
 from renyi_kd.sam.parts import Decoder, encoder_of, find_decoders
-from renyi_kd.sam.run import evaluating
-from renyi_kd.sam.tap import Call, Tap, tap
+from renyi_kd.sam.run import CallFunction, evaluating
+from renyi_kd.sam.tap import Tap, tap
 
 # Tokens beside those of the masks, and where the decoder puts them; SAM 2 puts the object score first.
 _BEFORE_IOU = {"obj_score_token": "object score"}
 _AFTER_MASKS = {"hf_token": "HQ", "hq_token": "HQ"}
 
 
-def report(model: nn.Module, batch: Any = None, *, call: Call | None = None) -> str:
+def report(model: nn.Module, batch: Any = None, *, call: CallFunction | None = None) -> str:
     """Return what a tap finds in a model: family, places, token layout, trainable parameters; one fact a line.
 
     Args:
@@ -94,11 +94,15 @@ def _places(decoder: Decoder) -> tuple[str, str]:
 
 def _layout(decoder: Decoder) -> str:
     children = {name for name, _ in decoder.module.named_children()}
-    n_masks = getattr(getattr(decoder.module, decoder.family.token_embedding), "num_embeddings", 1)
     parts, position = [], 0
     before = [text for name, text in _BEFORE_IOU.items() if name in children]
     after = [text for name, text in _AFTER_MASKS.items() if name in children]
-    for text, count in [*((text, 1) for text in before), ("iou", 1), ("mask", n_masks), *((text, 1) for text in after)]:
+    for text, count in [
+        *((text, 1) for text in before),
+        ("iou", 1),
+        ("mask", decoder.n_tokens),
+        *((text, 1) for text in after),
+    ]:
         parts.append(f"{position}{f' to {position + count - 1}' if count > 1 else ''} {text}")
         position += count
     return " | ".join([*parts, f"from {position} on prompts"])

@@ -1,28 +1,35 @@
-"""Forward hooks that read image features and mask tokens from a model while it runs; the model is not edited."""
+"""A model with hooks that collect its image features and mask tokens."""
 
 from __future__ import annotations
 
 import sys
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from renyi_kd.sam.bound_forward import refuse_forward_of_another_model
 from renyi_kd.sam.features import SAMFeatures
-from renyi_kd.sam.module_paths import Place, modules_at, plain, taken
+from renyi_kd.sam.hooks import Hooks, drop_hooks_of_copied_taps, listening_alone
+from renyi_kd.sam.module_paths import Place, plain
 from renyi_kd.sam.parts import FAMILIES, Decoder, find_decoders, why_unsupported
-from renyi_kd.sam.recording import Capture
-from renyi_kd.sam.run import differ, evaluating, forward_parameters, run_model
+from renyi_kd.sam.recording import Recording
+from renyi_kd.sam.replay import replaying_prompts
+from renyi_kd.sam.run import CallFunction, evaluating, forward_parameters, named_errors, run_model, runs_of_step
+from renyi_kd.sam.step import Step
 
-Call = Callable[[nn.Module, Any], Any]
 
-# Seven clicks on each of eight frames are 64 calls; far more than that is a forgotten loss, and holds its graph.
-_MANY_CALLS = 256
+class _Settings(NamedTuple):
+    """What a tap was made with, beside its model."""
+
+    image_features: Place | None
+    mask_tokens: Place | None
+    call: CallFunction | None
+    replay_prompts: bool
+    decoder_loops_over_images: bool
 
 
 def tap(
@@ -30,7 +37,9 @@ def tap(
     *,
     image_features: Place | None = None,
     mask_tokens: Place | None = None,
-    call: Call | None = None,
+    call: CallFunction | None = None,
+    replay_prompts: bool = False,
+    decoder_loops_over_images: bool = False,
 ) -> Tap:
     """Attach to a model so that the loss can read its image features and mask tokens.
 
@@ -39,22 +48,36 @@ def tap(
     is the input of hypernetwork MLP i. For any other model name both places.
 
     Args:
-        model: the module that the training loop calls, wrapped or not. Tap it before its first compiled call.
+        model: the module that the training loop calls, wrapped or not. Tap it before its first compiled call, and after
+            peft or anything else has replaced its modules.
         image_features: for a model that is not recognised, the path of the module whose output is the image features
             ``[b, d, h, w]``, or ``(path, take)`` with a function that takes them from the output.
         mask_tokens: likewise, for mask tokens ``[s, n, d]``, ``[s, d]`` or ``[b, p, n, d]``; that module must run
-            after the one of ``image_features``.
+            after the one of ``image_features``. With several prompts for each of several images only the last form
+            tells which belongs to which.
         call: ``call(model, batch)`` runs the model where the batch is not what its forward takes.
+        replay_prompts: of a teacher, whether its prompt encoder is handed the points, labels and boxes that the
+            student's was, call by call: for a forward that draws its prompts, or makes others in eval mode.
+        decoder_loops_over_images: whether one call of the decoder makes a group of mask tokens for each of its images,
+            in their order.
 
     Returns:
         The :class:`Tap`, which stays attached until it is closed or collected.
 
     Raises:
-        TypeError: ``model`` is not a module, or a place is not a path.
-        ValueError: no mask decoder is found, a path names no module, or only one of the two places is given.
+        TypeError: ``model`` is not a module, or was made by ``torch.jit``; or a place is not a path.
+        ValueError: no mask decoder is found, a path names no module, only one of the two places is given, or a module
+            has a ``forward`` of its own that runs another model, as a deep copy of a compiled one has.
 
     """
-    return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
+    return Tap(
+        model,
+        image_features=image_features,
+        mask_tokens=mask_tokens,
+        call=call,
+        replay_prompts=replay_prompts,
+        decoder_loops_over_images=decoder_loops_over_images,
+    )
 
 
 class Tap:
@@ -62,8 +85,9 @@ class Tap:
 
     Calling the tap runs the model; so does a loop of your own that calls the model or its parts: the hooks see both.
     Every decoder call since the loss was last computed is collected, with (image, prompt) pairs as samples, and taken
-    once. What runs without gradient, such as a validation, is not collected. Neither are the repeated calls of
-    activation checkpointing, nor what a backward pass has already used when the next step begins.
+    once. What runs without gradient is not collected: neither a validation nor a first pass inside the forward; nor
+    are the repeated calls of activation checkpointing, what a backward pass has already used when the next step
+    begins, and prompts that are the padding of transformers' processors.
 
     The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
     tapped. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
@@ -76,46 +100,48 @@ class Tap:
         *,
         image_features: Place | None = None,
         mask_tokens: Place | None = None,
-        call: Call | None = None,
+        call: CallFunction | None = None,
+        replay_prompts: bool = False,
+        decoder_loops_over_images: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"tap: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-        self.model = model
-        self._places = (image_features, mask_tokens)
-        self._call = call
-        self._capture = Capture()
-        self._batches: list[Any] = []
-        self._observing = False
-        self._ran_without_gradient = False
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise TypeError(
+                f"tap: model must be made of Python modules, got {type(model).__name__} with parts made by torch.jit, "
+                "whose inner calls no hook sees; tap the model that was scripted or traced"
+            )
         if call is not None and not callable(call):
             raise TypeError(
                 f"tap: call must be a function of model and batch, got {call!r}; leave it out for a plain call"
             )
-        self._running = False
+        self.model = model
+        self.recording = Recording()
+        self._settings = _Settings(image_features, mask_tokens, call, replay_prompts, decoder_loops_over_images)
         self._error_before: BaseException | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        weakref.finalize(self, _remove, self._handles)
-        _drop_hooks_of_copied_taps(model)
-        self._hook_before(model, lambda tap, args, kwargs: tap._begin_forward(args, kwargs))
-        # A step that fails in a later image leaves whole calls of the earlier ones. always_call: also after errors.
-        end = _Hook(self, lambda tap, _args, _kwargs, output: tap._end_forward(output), without_gradient=True)
-        self._handles.append(model.register_forward_hook(end, with_kwargs=True, always_call=True))
+        refuse_forward_of_another_model(model)
+        drop_hooks_of_copied_taps(model)
+        self._hooks = Hooks(self)
+        # First and last, also where the model is its own decoder: its call lies around those of its parts.
+        self._hooks.before(model, lambda tap, _module, args, kwargs, _output: tap._begin_forward(args, kwargs))
         if image_features is None and mask_tokens is None:
-            self._attach_to_decoders(_found_decoders(model))
+            self._hooks.attach_to_decoders(model, _found_decoders(model))
         elif image_features is None or mask_tokens is None:
             raise ValueError(
                 "tap: image_features and mask_tokens must be given together, got only one; "
                 "name both places, or none to have them found"
             )
         else:
-            self._attach_to_places(image_features, mask_tokens)
+            self._hooks.attach_to_places(model, image_features, mask_tokens)
+        # A step that fails in a later image leaves whole calls of the earlier ones.
+        self._hooks.after(model, lambda tap, *call: tap._end_forward(call[-1]), always=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model and return what it returns.
 
         With a single positional argument, that is the batch: a mapping (only the names that the forward takes are
         passed), a tensor, a tuple or list of positional arguments, a list of dicts (Meta's format), or whatever
-        ``call`` takes. Anything else is passed on as it is.
+        ``call`` or the forward takes as a whole. Anything else is passed on as it is.
         """
         if kwargs or len(args) != 1:
             return self.model(*args, **kwargs)
@@ -132,67 +158,91 @@ class Tap:
             :class:`SAMFeatures` with all mask tokens, as the model computed them, attached to its graph.
 
         Raises:
-            RuntimeError: nothing was collected and there is no batch, the model ran without gradient, or what was
-                collected is stale: of another batch, or already differentiated.
+            RuntimeError: nothing was collected and there is no batch, the model ran without gradient or without its
+                decoder, or what was collected is stale: of another batch, overwritten, or already differentiated.
 
         """
+        return self.take_step(batch)[0]
+
+    def take_step(self, batch: Any = None) -> tuple[SAMFeatures, Step]:
+        """Return what :meth:`take` does, and with it what a teacher has to know of the step."""
         self._check_open()
         if batch is not None and not torch.is_grad_enabled():
-            return self.observe(batch)
-        if self._capture.differentiated:
+            features, recording = self._observe(Step(batch), "student")
+            return features, Step(batch, seen=recording.inputs())
+        if self.recording.differentiated:
             self.clear()
             raise RuntimeError(
                 "tap: the loss must be computed before backward, got a capture that backward has already run through; "
                 "run the student, then compute the loss, then call backward once on the sum (the capture is dropped)"
             )
-        if len(self._capture) == 0:
-            if batch is None:
+        if not self.pending:
+            if batch is None or self.recording.ran_without_decoder or self.recording.ran_past_its_call:
                 raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
             self._run(batch)
-        elif batch is not None and any(differ(batch, known) for known in self._batches):
-            count = len(self._batches)
+        step = Step(batch, tuple(self.recording.runs), self.recording.inputs())
+        if batch is not None and not step.ran_on(batch, list(forward_parameters(self.model))):
+            count = len(step.ran)
             self.clear()
             raise RuntimeError(
                 "tap: the batch must be all that the model ran on since the last loss, got another or one of "
-                f"{count} (the stale capture is now dropped); pass the same object to model and loss, leave the batch "
-                "out to use all, and call clear() after a step whose loss is skipped"
+                f"{count} (the stale capture is now dropped), or one that was overwritten; pass the same object to "
+                "model and loss, leave the batch out to use all, and call clear() after a step whose loss is skipped"
             )
-        return self._collect()
+        if self.recording.encoder_lost_gradient:
+            self.clear()
+            raise RuntimeError(
+                "tap: the image features must have a gradient where the image encoder is trained, got features without "
+                "one from an encoder that was called with gradients on, as under reentrant checkpointing; checkpoint "
+                "with use_reentrant=False: gradient_checkpointing_enable({'use_reentrant': False}), or freeze the "
+                "encoder"
+            )
+        features, _ = self._finish()
+        return features, step
 
-    def observe(self, *batches: Any) -> SAMFeatures:
-        """Run the model on each batch without gradient, in eval mode, and return its features: the teacher's part.
+    def observe(self, step: Any) -> SAMFeatures:
+        """Run the model on what the student saw, without gradient, in eval mode: the teacher's part.
 
         What was collected before is dropped, and every module is left in the mode it was in.
 
+        Args:
+            step: the :class:`Step`, or a batch to run the model on.
+
+        Returns:
+            :class:`SAMFeatures` of the same samples as the student's.
+
         Raises:
-            RuntimeError: the model ran without calling a mask decoder.
+            RuntimeError: the model ran without calling a mask decoder, or what the student ran on was overwritten.
+            ValueError: nothing says what to run on, or the model saw other images or prompts than the student.
 
         """
-        self._check_open()
-        self.clear()
-        self._observing = True
-        try:
-            with torch.no_grad(), evaluating(self.model):
-                for batch in batches:
-                    self._run(batch)
-        finally:
-            self._observing = False
-        return self._collect()
+        step = step if isinstance(step, Step) else Step(step)
+        features, recording = self._observe(step, "teacher")
+        if step.comparison is not None and step.seen is not None:
+            step.comparison(step.seen, recording.inputs())
+        return features
 
     @property
-    def batches(self) -> tuple[Any, ...]:
-        """What the pending capture came from: batches given to the tap, and the named arguments of other calls."""
-        return tuple(self._batches)
+    def pending(self) -> bool:
+        """Whether anything waits to be taken."""
+        return len(self.recording) > 0
 
     def clear(self) -> None:
         """Drop what was collected, as after a step whose loss is skipped."""
-        self._capture = Capture()
-        self._batches = []
-        self._ran_without_gradient = False
+        self.recording = Recording()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Keep what was collected out of reach, and put it back in the end."""
+        before, self.recording = self.recording, Recording()
+        try:
+            yield
+        finally:
+            self.recording = before
 
     def close(self) -> None:
         """Remove the hooks and drop what was collected; the tap cannot be used again."""
-        _remove(self._handles)
+        self._hooks.remove()
         self.clear()
 
     def __enter__(self) -> Tap:
@@ -204,210 +254,129 @@ class Tap:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        image_features, mask_tokens = self._places
-        return _tap_again, (self.model, image_features, mask_tokens, self._call)
+        return _tap_again, (self.model, self._settings)
 
-    @property
-    def pending(self) -> bool:
-        """Whether anything waits to be taken."""
-        return len(self._capture) > 0
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the model is run by a function of the user's, which takes the batch and nothing else."""
-        return self._call is not None
-
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Keep what was collected out of reach, and put it back in the end."""
-        before = self._capture, self._batches, self._ran_without_gradient
-        self.clear()
+    def _observe(self, step: Step, role: str) -> tuple[SAMFeatures, Recording]:
+        self._check_open()
+        runs = runs_of_step(self.model, step, self._settings.call)
+        self.recording = Recording(observing=True)
+        prompts = (
+            replaying_prompts(self._hooks.prompt_encoder, step.seen) if self._settings.replay_prompts else nullcontext()
+        )
         try:
-            yield
+            with (
+                listening_alone(self),
+                torch.no_grad(),
+                evaluating(self.model),
+                prompts,
+                named_errors(role, self.model),
+            ):
+                for run in runs:
+                    run()
+            if step.seen is not None:
+                self.recording.leave_out(step.seen.with_gradient)
+            return self._finish()
         finally:
-            self._capture, self._batches, self._ran_without_gradient = before
-
-    def _attach_to_decoders(self, decoders: list[Decoder]) -> None:
-        for decoder in decoders:
-
-            def begin(tap: Tap, args: Any, kwargs: Any, decoder: Decoder = decoder) -> None:
-                family = decoder.family
-                # Where the argument is missing the model's own error follows.
-                if family.image_argument in kwargs:
-                    tap._add_image(kwargs[family.image_argument], plain(decoder.name))
-                elif len(args) > family.image_position:
-                    tap._add_image(args[family.image_position], plain(decoder.name))
-
-            self._hook_before(decoder.module, begin)
-            for number, module in enumerate(decoder.token_modules):
-
-                def add(tap: Tap, args: Any, _kwargs: Any, decoder: Decoder = decoder, number: int = number) -> None:
-                    for each, tokens in decoder.mask_tokens(number, args[0]):
-                        tap._capture.add_tokens(each, tokens)
-                    tap._capture.watch(args[0])
-
-                self._hook_before(module, add)
-            self._hook_after(decoder.module, lambda tap, _args, _kwargs, output: tap._end_call(output))
-
-    def _attach_to_places(self, image_features: Place, mask_tokens: Place) -> None:
-        def add_image(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
-            tap._add_image(taken("image_features", image_features, output))
-
-        def add_tokens(tap: Tap, _args: Any, _kwargs: Any, output: Any) -> None:
-            tokens = taken("mask_tokens", mask_tokens, output)
-            tokens = tokens[:, None] if tokens.ndim == 2 else tokens.flatten(0, -3)
-            for number, token in enumerate(tokens.unbind(1)):
-                tap._capture.add_tokens(number, token)
-            # What the function took is a tensor of its own; backward runs through the module's.
-            tap._end_call(output)
-
-        for module in modules_at(self.model, "image_features", image_features):
-            # A frozen encoder may run without gradient in a step that trains the decoder.
-            handle = module.register_forward_hook(_Hook(self, add_image, without_gradient=True), with_kwargs=True)
-            self._handles.append(handle)
-        for module in modules_at(self.model, "mask_tokens", mask_tokens):
-            self._hook_after(module, add_tokens)
-
-    def _hook_before(self, module: nn.Module, react: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(_Hook(self, react), with_kwargs=True))
-
-    def _hook_after(self, module: nn.Module, react: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_hook(_Hook(self, react), with_kwargs=True))
-
-    def _add_image(self, image_features: Tensor, decoder: str = "") -> None:
-        if self._capture.differentiated:
             self.clear()
-        self._capture.add_image(image_features, decoder)
-
-    def _end_call(self, output: Any) -> None:
-        self._capture.watch(output)
-        self._capture.end_call()
-        if len(self._capture) == _MANY_CALLS and not self._observing:
-            warnings.warn(
-                f"tap: {_MANY_CALLS} decoder calls are waiting for a loss, and keep their graph in memory; run what "
-                "needs no loss under torch.no_grad(), or call clear() on the tap when a step's loss is skipped",
-                stacklevel=2,
-            )
 
     def _begin_forward(self, args: Any, kwargs: Any) -> None:
         self._error_before = sys.exc_info()[1]
-        if self._capture.differentiated:
-            self.clear()
-        if len(self._capture) == 0:
-            self._batches = []
-        if not self._running:
-            self._batches.append({**dict(zip(forward_parameters(self.model), args, strict=False)), **kwargs})
+        self.recording.begin_forward(args, kwargs)
 
     def _end_forward(self, output: Any) -> None:
-        self._capture.end_forward()
+        self.recording.end_run()
         # An exception that was there before is being handled by the caller: the model may well return None.
         if output is None and sys.exc_info()[1] is not self._error_before:
             self.clear()
 
     def _run(self, batch: Any) -> Any:
-        if self._capture.differentiated:
-            self.clear()
-        before = len(self._capture)
-        if before == 0:
-            self._batches = []
-        self._running = True
+        self.recording.begin_run(batch)
+        call = self._settings.call
         try:
-            output = self._call(self.model, batch) if self._call else run_model(self.model, batch)
+            with named_errors("student", self.model):
+                output = call(self.model, batch) if call else run_model(self.model, batch)
         except BaseException:
             self.clear()
             raise
-        finally:
-            self._running = False
-        if len(self._capture) > before:
-            self._batches.append(batch)
+        self.recording.end_run()
         return output
 
-    def _collect(self) -> SAMFeatures:
-        if len(self._capture) == 0:
+    def _finish(self) -> tuple[SAMFeatures, Recording]:
+        """Return the features of what was collected, and what else is known of it; and forget it."""
+        recording = self.recording
+        if not self.pending:
             raise RuntimeError(
                 self._explain_nothing(
                     "got a run with nothing collected",
                     "call the decoder in the forward, run it in tap(model, call=...), or name the places of another",
                 )
             )
-        try:
-            image_features, mask_tokens, image_index = self._capture.features()
-        finally:
-            self.clear()
+        self.clear()
+        if recording.ran_in_threads:
+            raise RuntimeError(
+                "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
+                "GPU (DistributedDataParallel), or show the process a single GPU"
+            )
+        if self._hooks.hypernetworks_changed():
+            raise RuntimeError(
+                "tap: the mask decoder must have the hypernetworks that it was tapped with, got others; tap the model "
+                "again after modules were replaced, as by peft's modules_to_save"
+            )
+        image_features, mask_tokens, image_index = recording.features(self._settings.decoder_loops_over_images)
         if image_features.is_inference() and not torch.is_inference_mode_enabled():
             # Autograd cannot save an inference tensor for backward.
             image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
-        return SAMFeatures(image_features, mask_tokens, image_index)
+        return SAMFeatures(image_features, mask_tokens, image_index), recording
 
     def _explain_nothing(self, fact: str, way_out: str = "pass a batch or run the model") -> str:
-        if self._ran_without_gradient:
+        names = [plain(decoder.name) or "the model itself" for decoder in self._hooks.decoders]
+        if self.recording.ran_in_threads:
+            return (
+                "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
+                "GPU (DistributedDataParallel), or show the process a single GPU"
+            )
+        if self.recording.ran_without_gradient:
             return (
                 f"tap: the model must run with gradient to be a student, {fact}: its mask decoder ran without "
                 "gradient, as in a forward or predictor decorated with torch.no_grad (Meta's Sam.forward), under "
                 "torch.no_grad itself, or under reentrant checkpointing; call the model's parts in a loop of your own "
                 "(tap(model, call=...)) and checkpoint with use_reentrant=False"
             )
-        hint = ""
+        if self.recording.ran_past_its_call and not names:
+            return (
+                "tap: image_features must be seen before mask_tokens in every forward, got mask tokens first; "
+                "name a module of image_features that runs before the one of mask_tokens"
+            )
+        if self.recording.ran_past_its_call:
+            return (
+                "tap: the mask decoder must be called, got a run of its parts past its call, as by "
+                f"decoder.forward(...) or decoder.predict_masks(...); call the decoder itself, {' or '.join(names)}, "
+                "or name the places"
+            )
+        untapped = self._untapped_decoders()
+        if untapped:
+            return (
+                "tap: the model must be as it was when it was tapped, got a mask decoder without hooks at "
+                f"{untapped[0]!r}, which came later, as by peft's modules_to_save or a copy; tap the model again"
+            )
         if any(_is_compiled(module) for module in self.model.modules()):
-            hint = "; tap a compiled model before its first call, hooks that are set later never run"
-        return f"tap: the model must call its mask decoder before the loss, {fact}; {way_out}{hint}"
+            way_out += "; tap a compiled model before its first call, hooks that are set later never run"
+        elif self.recording.ran_without_decoder and names:
+            fact += f": it ran, and none of its decoders ({', '.join(names)}) was called"
+            way_out = "name the places: tap(model, image_features=..., mask_tokens=...)"
+        return f"tap: the model must call its mask decoder before the loss, {fact}; {way_out}"
+
+    def _untapped_decoders(self) -> list[str]:
+        known = {id(decoder.module) for decoder in self._hooks.decoders}
+        return [decoder.name for decoder in find_decoders(self.model) if known and id(decoder.module) not in known]
 
     def _check_open(self) -> None:
-        if not self._handles:
+        if not self._hooks:
             raise RuntimeError("tap: the tap must be open, got one that was closed; tap the model again")
 
-    def _listens(self, without_gradient: bool) -> bool:
-        # A forward inside a backward pass is checkpointing's second run of what was already collected.
-        if torch._C._current_graph_task_id() != -1:
-            return False
-        if self._observing or without_gradient or torch.is_grad_enabled():
-            return True
-        self._ran_without_gradient = True
-        return False
 
-
-class _Hook:
-    """Reacts to a module's call on behalf of a tap, as long as that lives.
-
-    In a pickle or a copy of the model stands a bound method of the standard library that does nothing: the copy
-    neither writes into the original's capture nor needs this package to be loaded.
-    """
-
-    def __init__(self, tap: Tap, react: Callable[..., None], without_gradient: bool = False) -> None:
-        self._tap = weakref.ref(tap)
-        self._react = react
-        self._without_gradient = without_gradient
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        tap = self._tap()
-        if tap is not None and tap._listens(self._without_gradient):
-            # Replicas share the hooks, and their threads would mix images and tokens.
-            if not self._without_gradient and getattr(module, "_is_replica", False):
-                raise RuntimeError(
-                    "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
-                    "GPU (DistributedDataParallel), or show the process a single GPU"
-                )
-            self._react(tap, args, kwargs, *output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
-
-
-def _drop_hooks_of_copied_taps(model: nn.Module) -> None:
-    """Remove what stands for the hooks of a tap in a copy of its model; of copies of copies there could be many."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), nullcontext)]:
-                del hooks[key]
-
-
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()
-
-
-def _tap_again(model: nn.Module, image_features: Place | None, mask_tokens: Place | None, call: Call | None) -> Tap:
-    return Tap(model, image_features=image_features, mask_tokens=mask_tokens, call=call)
+def _tap_again(model: nn.Module, settings: _Settings) -> Tap:
+    return Tap(model, **settings._asdict())
 
 
 def _found_decoders(model: nn.Module) -> list[Decoder]:

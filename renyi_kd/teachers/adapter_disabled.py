@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.memory import version
 from renyi_kd.sam.tap import Tap
+from renyi_kd.teachers.adapters import adapter_model, adapters_off, base_parameters
 
 # Ways of peft to initialise LoRA that subtract what the adapter begins with from the base weights.
 _MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,8 +31,8 @@ class AdapterDisabled:
 
     Raises:
         TypeError: ``student`` is not a tap.
-        ValueError: no peft model is found and ``disable`` is not given, or its adapters began with a part of the
-            pre-trained weights (PiSSA, OLoRA, ...): without them the model is another.
+        ValueError: no adapters of peft or transformers are found and ``disable`` is not given, or they began with a
+            part of the pre-trained weights (PiSSA, OLoRA, ...): without them the model is another.
 
     Cost: the teacher's forward, and the switching: some walks over all modules; no memory for weights.
 
@@ -44,15 +46,15 @@ class AdapterDisabled:
         self.student = student
         self._disable = disable
         if disable is None:
-            _refuse_moved_weights(_peft_model(student.model))
+            _refuse_moved_weights(_adapter_model(student.model))
+            self._base_versions = _versions(student.model)
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the student is run by a function of the user's."""
-        return self.student.needs_batch
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy's weights are written as they are made: it begins anew.
+        return _adapter_disabled_again, (self.student, self._disable)
 
-    def observe(self, *batches: Any) -> SAMFeatures:
-        """Return the features of the batches without adapters; what the student's tap has collected stays.
+    def observe(self, step: Any) -> SAMFeatures:
+        """Return the features of a step, or a batch, without adapters; what the student's tap has collected stays.
 
         Raises:
             ValueError: the running statistics of a BatchNorm are trained; or, of a peft model, a parameter outside the
@@ -64,9 +66,12 @@ class AdapterDisabled:
         with self.student.set_aside(), _same_requires_grad(model):
             if self._disable is not None:
                 with self._disable():
-                    return self.student.observe(*batches)
+                    return self.student.observe(step)
             _refuse_adapters_that_are_off(model)
-            with _peft_model(model).disable_adapter():
+            holder = _adapter_model(model)
+            _refuse_moved_weights(holder)
+            self._refuse_changed_base(model)
+            with adapters_off(holder):
                 trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
                 if trained:
                     raise ValueError(
@@ -74,17 +79,36 @@ class AdapterDisabled:
                         f"stay on: {', '.join(trained[:3])}{' ...' if len(trained) > 3 else ''}; put their modules "
                         "into peft's modules_to_save, or take a copy as teacher: tap(copy.deepcopy(model))"
                     )
-                return self.student.observe(*batches)
+                return self.student.observe(step)
+
+    def _refuse_changed_base(self, model: nn.Module) -> None:
+        for name, parameter in base_parameters(model).items():
+            if self._base_versions.get(id(parameter), 0) != version(parameter):
+                raise ValueError(
+                    "AdapterDisabled: the weights outside the adapters must stay as they were when it was made, got "
+                    f"{name} written to since; put what is trained into peft's modules_to_save, take a copy as "
+                    "teacher, or make AdapterDisabled after the checkpoint is loaded"
+                )
 
 
-def _peft_model(model: nn.Module) -> Any:
-    for module in model.modules():
-        if hasattr(module, "disable_adapter") and hasattr(module, "peft_config"):
-            return module
-    raise ValueError(
-        f"AdapterDisabled: student must hold a peft model, got {type(model).__name__} without one; wrap it with "
-        "peft.get_peft_model, pass disable=, or use a copy as teacher: tap(copy.deepcopy(model))"
-    )
+def _adapter_disabled_again(student: Tap, disable: Callable[[], AbstractContextManager[Any]] | None) -> AdapterDisabled:
+    return AdapterDisabled(student, disable=disable)
+
+
+def _versions(model: nn.Module) -> dict[int, int]:
+    """Return how often each parameter of the base model was written to, by its identity."""
+    return {id(parameter): version(parameter) for parameter in base_parameters(model).values()}
+
+
+def _adapter_model(model: nn.Module) -> Any:
+    found = adapter_model(model)
+    if found is None:
+        raise ValueError(
+            f"AdapterDisabled: student must hold a peft model, got {type(model).__name__} without one; wrap it with "
+            "peft.get_peft_model, call add_adapter() of transformers, pass disable=, or use a copy as teacher: "
+            "tap(copy.deepcopy(model))"
+        )
+    return found
 
 
 def _refuse_moved_weights(peft_model: Any) -> None:

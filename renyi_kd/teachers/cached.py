@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.memory import version
 from renyi_kd.sam.parts import encoder_of
+from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
-from renyi_kd.teachers.encoder_cache import EncoderCache, Entry, fingerprint, of_image, probe, show_other_images
+from renyi_kd.teachers.adapters import adapter_state
+from renyi_kd.teachers.encoder_cache import (
+    EncoderCache,
+    Entry,
+    fingerprint,
+    of_image,
+    probe,
+    show_other_images,
+    some_numbers,
+)
 
 
 class CachedTeacher:
@@ -68,29 +79,24 @@ class CachedTeacher:
         self._check_pixels = check_pixels
         self._cache = EncoderCache(Path(folder), preprocessing=preprocessing, dtype=dtype)
         self._weights = ""
-        self._versions: list[tuple[int, torch.dtype, int, int]] = []
+        self._known: tuple[Any, ...] = ()
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the teacher is run by a function of the user's."""
-        return self.teacher.needs_batch
-
-    def observe(self, *batches: Any, ids_from: Sequence[Any] | None = None) -> SAMFeatures:
-        """Return the features of the batches; the encoder runs where an image of its call is not cached yet.
+    def observe(self, step: Any) -> SAMFeatures:
+        """Return the features of a step; the encoder runs where an image of its call is not cached yet.
 
         Args:
-            batches: what the teacher runs on.
-            ids_from: the batches that hold the ids, where these do not; None for ``batches``.
+            step: the :class:`Step`, whose given batch holds the ids; or the batch itself.
 
         Raises:
-            ValueError: the batches do not hold one id per image; or the cache is of other weights, another
+            ValueError: the batch does not hold one id per image; or the cache is of other weights, another
                 preprocessing, image size or image, or holds a file that is not the cache's.
 
         Warns:
             UserWarning: a file is damaged; it is written again.
 
         """
-        ids = [sample for batch in ids_from or batches for sample in self._ids_of(batch)]
+        step = step if isinstance(step, Step) else Step(step)
+        ids = [sample for batch in _batches_of(step) for sample in self._ids_of(batch)]
         weights = self._fingerprint()
         fresh: dict[str, tuple[tuple[int, ...], Entry]] = {}
         encode, n_images = self._encoder.forward, 0
@@ -113,7 +119,7 @@ class CachedTeacher:
 
         # Python and files, which torch.compile cannot trace.
         with _forward_replaced(self._encoder, torch.compiler.disable(answer)):  # type: ignore[no-untyped-call]
-            features = self.teacher.observe(*batches)
+            features = self.teacher.observe(step)
         if n_images != len(ids):
             raise ValueError(
                 f"CachedTeacher: batches must hold one sample id per image that the encoder sees, got {len(ids)} ids "
@@ -182,21 +188,31 @@ class CachedTeacher:
             what = f"{name!r} of the batch" if isinstance(name, str) else "sample_ids(batch)"
             raise ValueError(
                 f"CachedTeacher: {what} must be one id (a string or an integer) per image, got {ids!r}; add the ids to "
-                "the batch that the loss is given, or pass sample_ids=lambda batch: [...]"
+                "the batch that the loss is given (transformers' Trainer drops them unless "
+                "remove_unused_columns=False), or pass sample_ids=lambda batch: [...]"
             )
         return [str(sample) for sample in samples]
 
     def _fingerprint(self) -> str:
-        # Digesting the weights takes a second or so; whether they were changed since is known from their versions, but
-        # for writes through .data.
-        tensors = (*self._encoder.parameters(), *self._encoder.buffers())
-        versions = [
-            (id(tensor), tensor.dtype, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in tensors
-        ]
-        if versions != self._versions:
-            self._weights, self._versions = fingerprint(self._encoder), versions
+        # Digesting the weights takes a second or so. Whether they were changed since is known from their versions and,
+        # where somebody writes past autograd (through .data, as in an EMA), from some numbers of each.
+        tensors = [*self._encoder.parameters(), *self._encoder.buffers()]
+        adapters = adapter_state(self._encoder)
+        known = (
+            adapters,
+            [(id(tensor), tensor.dtype, tensor.data_ptr(), version(tensor)) for tensor in tensors],
+            some_numbers(tensors),
+        )
+        if known != self._known:
+            self._weights, self._known = fingerprint(self._encoder, adapters), known
         return self._weights
+
+
+def _batches_of(step: Step) -> list[Any]:
+    """Return what may hold the ids of a step: the given batch, or what each call was of."""
+    if step.given is not None:
+        return [step.given]
+    return [call.kwargs if call.batch is None else call.batch.value for call in step.ran]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.step import Step
 
 
 @runtime_checkable
 class Teacher(Protocol):
     """What the loss asks of a teacher; the :class:`Tap` of a frozen model is one."""
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether it runs on the batch given to the loss rather than on the arguments that the student was run with."""
-        ...
+    def observe(self, step: Step) -> SAMFeatures:
+        """Return the features of what the student saw in a step, computed in eval mode and without gradient.
 
-    def observe(self, *batches: Any) -> SAMFeatures:
-        """Return the features of the batches, computed in eval mode and without gradient."""
+        Args:
+            step: the batch that the loss was given, and the calls that the student made.
+
+        """
         ...

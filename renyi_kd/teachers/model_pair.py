@@ -1,0 +1,92 @@
+"""Whether two tapped models can be teacher and student."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from renyi_kd.sam.memory import storage_of
+from renyi_kd.sam.module_paths import plain
+from renyi_kd.sam.tap import Tap
+
+_ADAPTER = re.compile(r"(^|[._])(lora|adapter|adaptor)", re.IGNORECASE)
+
+
+class ModelPair:
+    """Watches that what is trained in the student is nothing of the teacher's.
+
+    Modules and memory that are not trained may be shared. It is looked at in every step: weights can come to be shared,
+    or trained, later.
+
+    Cost: a walk over the parameters of both models on the host.
+
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was seen stays with the models of this program.
+        return ModelPair, ()
+
+    def check(self, teacher: Tap, student: Tap) -> None:
+        """Raise where the teacher would move with the student.
+
+        Raises:
+            ValueError: it would.
+
+        Warns:
+            UserWarning: adapters that are trained in the student are part of the teacher too, and not neutral there.
+
+        """
+        trained = {storage_of(value) for value in _trained(student.model)} - {None}
+        shared = (
+            name
+            for name, value in (*teacher.model.named_parameters(), *teacher.model.named_buffers())
+            if storage_of(value) in trained
+        )
+        name = next(shared, None)
+        if name is not None or teacher.model is student.model:
+            raise ValueError(
+                "InfoSAMLoss: teacher and student must be models of their own, got models that share "
+                f"{'all modules' if name is None else f'the memory of {name}, which is trained'}; copy the teacher "
+                "before PEFT changes the model in place: teacher = tap(copy.deepcopy(model)), or use "
+                "AdapterDisabled(student)"
+            )
+        if self._known is None or self._known[0]() is not teacher.model or self._known[1]() is not student.model:
+            self._known = weakref.ref(teacher.model), weakref.ref(student.model)
+            _warn_of_adapters(teacher.model, student.model)
+
+
+def _trained(student: nn.Module) -> list[Tensor]:
+    """Return what changes as the student is trained: parameters, and running statistics."""
+    trained: list[Tensor] = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+            trained += module.buffers(recurse=False)
+    return trained
+
+
+def _warn_of_adapters(teacher: nn.Module, student: nn.Module) -> None:
+    trained = {plain(name) for name, parameter in student.named_parameters() if parameter.requires_grad}
+    for name, parameter in teacher.named_parameters():
+        if _ADAPTER.search(name) is None or plain(name) not in trained or _is_neutral(name, parameter):
+            continue
+        warnings.warn(
+            "InfoSAMLoss: the teacher must be the pre-trained model, got one with adapters that are trained in the "
+            f"student, such as {name}; copy the model before they are added, switch them off "
+            "(AdapterDisabled(student, disable=...)), or leave it so if the teacher was trained with its own",
+            stacklevel=5,
+        )
+        return
+
+
+def _is_neutral(name: str, parameter: Tensor) -> bool:
+    """Return whether a part of LoRA changes nothing: B is zero as it begins, and A alone does nothing."""
+    if "lora" not in name.lower():
+        return False
+    return not any(part in name for part in ("lora_B", "lora_E", "lora_embedding_B")) or not parameter.any()
