@@ -23,19 +23,27 @@ from torch import Tensor
 
 from benchmarks import measure, textbook
 from benchmarks.loss import DIM, HEIGHT, WIDTH, make_features
+from examples.files import whole_file
 from renyi_kd import RelationModule, SAMFeatures, implementation, infosam_terms
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
 from renyi_kd.ops.relation_scores import relation_scores
 
-COLUMNS = (
-    "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "n", "variables", "ms_p20", "ms_p50", "ms_p80",
-    "speed_up", "of_copy", "peak_mib", "launches", "trials", "device", "driver", "threads", "torch", "triton", "python",
-    "commit", "dirty", "utc",
-)  # fmt: skip
 PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
 PASSES = ("forward", "forward+backward")
 LINEAR = SampleKernel("linear")
+
+
+class Sizes(NamedTuple):
+    """The columns that say what an operation ran on; None where it has no such size."""
+
+    layout: str | None = None
+    b: int | None = None
+    d: int = DIM
+    h: int | None = None
+    w: int | None = None
+    n: int | None = None
+    variables: int | None = None
 
 
 class Case(NamedTuple):
@@ -43,7 +51,7 @@ class Case(NamedTuple):
 
     Attributes:
         op: its name.
-        sizes: columns that say what it ran on.
+        sizes: of the input.
         functions: by provider, functions of ``leaves`` with one value.
         leaves: what is differentiated; the first is the largest.
         passes: of the largest leaf through memory, at least, by pass; empty where products bound the operation.
@@ -52,7 +60,7 @@ class Case(NamedTuple):
     """
 
     op: str
-    sizes: dict[str, object]
+    sizes: Sizes
     functions: dict[str, Callable[..., Tensor]]
     leaves: list[Tensor]
     passes: dict[str, int]
@@ -84,7 +92,7 @@ def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str, *, wide:
     )
     x, tokens = (value.requires_grad_() for value in student[:2])
     directions = torch.randn(batch, 1, DIM).to(device, others).requires_grad_()
-    sizes = {"layout": layout, "b": batch, "d": DIM, "h": HEIGHT, "w": WIDTH}
+    sizes = Sizes(layout, batch, h=HEIGHT, w=WIDTH)
 
     def textbook_scores(x: Tensor, directions: Tensor) -> Tensor:
         pixels = at_least_float(x).flatten(2).mT
@@ -154,7 +162,7 @@ def moment_case(n: int, dtype: torch.dtype, device: str, *, wide: bool = False) 
     functions |= {impl: partial(package, impl=impl) for impl in ("reference", "triton")}
     if importlib.util.find_spec("pykeops"):
         functions["keops"] = keops_moment
-    sizes = {"n": n, "d": DIM, "variables": 3}
+    sizes = Sizes(n=n, variables=3)
     return Case("gram_moment", sizes, functions, features, {}, partial(moment_case, n, dtype, device, wide=True))
 
 
@@ -271,8 +279,8 @@ def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment
             # A copy is two passes, a read and a write.
             of_copy = case.passes[which] / 2 * times["copy"]["ms_p50"] / times[name]["ms_p50"]
         rows.append({
-            "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."), **case.sizes,
-            **times[name], "speed_up": textbook / times[name]["ms_p50"], "of_copy": of_copy,
+            "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."),
+            **case.sizes._asdict(), **times[name], "speed_up": textbook / times[name]["ms_p50"], "of_copy": of_copy,
             "peak_mib": measure.peak_mib(run, device), "launches": measure.launches(run, device),
             "trials": trials, **environment,
         })  # fmt: skip
@@ -304,9 +312,8 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("times as fast as the textbook form, forward + backward")
     figure.legend(loc="outside lower center", ncols=len(PROVIDERS), frameon=False)
     axes.set_title(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
 
 
 def label(row: dict) -> str:
@@ -355,7 +362,7 @@ def main() -> None:
                 )
             # Every time, for the case that this process is stopped.
             if args.out:
-                measure.append_rows(args.out, new, COLUMNS)
+                measure.append_rows(args.out, new)
             if args.picture:
                 draw(rows, args.picture)
 

@@ -28,11 +28,6 @@ from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, T
 Step = Callable[[], Tensor]
 TEACHERS = ("none", "copy", "adapters off", "cached")
 
-COLUMNS = (
-    "teacher", "b", "image_size", "amp", "s_p50", "added_percent", "infosam_s", "extra_weights_mib", "trials",
-    "device", "driver", "threads", "torch", "triton", "python", "commit", "dirty", "utc",
-)  # fmt: skip
-
 
 def make_batch(batch: int, image_size: int, device: str) -> dict[str, object]:
     corner = torch.rand(batch, 1, 2, device=device) * image_size / 2
@@ -158,7 +153,7 @@ def main() -> None:
             f"{weights[name]:>10.0f} MiB"
         )
     if args.out:
-        measure.append_rows(args.out, rows, COLUMNS)
+        measure.append_rows(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu, kernels, measure
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.fixture
@@ -27,13 +30,53 @@ def test_rows_say_what_was_measured_and_where(case, which, tmp_path):
     rows = kernels.rows_of(case, which, torch.float32, 2, measure.environment())
     assert [row["provider"] for row in rows] == ["textbook", "reference"]
     for row in rows:
-        assert set(row) <= set(kernels.COLUMNS)
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
     assert rows[0]["speed_up"] == 1
-    measure.append_rows(tmp_path / "rows.csv", rows, kernels.COLUMNS)
-    measure.append_rows(tmp_path / "rows.csv", rows, kernels.COLUMNS)
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == ["textbook", "reference"] * 2
+    measure.append_rows(tmp_path / "rows.csv", rows)
+    measure.append_rows(tmp_path / "rows.csv", rows)
+    written = measure.read_rows(tmp_path / "rows.csv")
+    assert list(written.columns) == list(measure.read_rows(RESULTS / "kernels_cpu.csv").columns)
+    assert list(written["provider"]) == ["textbook", "reference"] * 2
+    assert set(written["n"]) == {"48"}
+    assert set(written["b"]) == {""}
+
+
+@pytest.mark.parametrize("name", ["loss_cpu", "kernels_cpu", "teachers_cpu", "families"])
+def test_rows_that_are_there_stay_letter_by_letter(name, tmp_path):
+    path, before = tmp_path / "rows.csv", (RESULTS / f"{name}.csv").read_bytes()
+    path.write_bytes(before)
+    measure.append_rows(path, [{"torch": "2.13.0", "b": 65536, "another": 0.123456}])
+    header, *lines = before.decode().splitlines()
+    new_header, *new_lines = path.read_text().splitlines()
+    added = new_header.removeprefix(header)
+    assert set(added.split(",")) <= {"", "b", "another"}
+    assert new_lines[:-1] == [line + "," * added.count(",") for line in lines]
+    last = measure.read_rows(path).iloc[-1]
+    assert (last["torch"], last["b"], last["another"]) == ("2.13.0", "65536", "0.1235")
+
+
+def test_processes_append_to_one_file_and_lose_nothing(tmp_path):
+    path = tmp_path / "rows.csv"
+    code = "import sys, pathlib; from benchmarks.measure import append_rows\n"
+    code += "for i in range(20): append_rows(pathlib.Path(sys.argv[1]), [{'process': sys.argv[2], 'i': i}])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    written = measure.read_rows(path)
+    for name in "ab":
+        assert list(written[written["process"] == name]["i"]) == [str(i) for i in range(20)]
+
+
+def test_rows_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    measure.append_rows(path, [{"a": 1}])
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pandas.DataFrame.to_csv", fail)
+    with pytest.raises(OSError, match="no space"):
+        measure.append_rows(path, [{"a": 2}])
+    assert path.read_text() == "a\n1\n"
 
 
 def test_what_is_wrong_or_fails_is_not_timed(case, capsys):

@@ -224,6 +224,12 @@ def test_only_seeds_and_images_that_both_have_are_compared():
     assert found.differences("dice").splitlines()[2:] == ["| lora | infosam |  |"]
 
 
+def test_columns_of_one_data_set_stay_apart():
+    ((_, found),) = table.tables([row(), row(epochs=3)])
+    assert found.means(["iou"]).splitlines()[0] == "| PEFT | distiller | nuclei IoU | nuclei IoU |"
+    assert found.differences("iou").splitlines()[0] == "| PEFT | IoU less that of none | nuclei | nuclei |"
+
+
 def test_recipes_are_never_mixed():
     titles = [title for title, _ in table.tables([row(), row(lr=1e-3), row(train_images=8), row(data="other")])]
     assert len(titles) == 3
