@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.kernels import PROVIDERS
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import read
@@ -18,7 +19,6 @@ from examples.files import whole_file
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
-PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
 
 
 def loss_table(rows: pandas.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, kernels, measure
+from benchmarks import cases, gpu, kernels, measure, teachers
+from benchmarks.segmentation import grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -19,7 +21,7 @@ RESULTS = ROOT / "benchmarks/results"
 
 @pytest.fixture
 def case():
-    case = kernels.moment_case(48, torch.float32, "cpu")
+    case = cases.moment_case(48, torch.float32, "cpu")
     # Compiling takes a C++ compiler and a while.
     functions = {name: case.functions[name] for name in ("textbook", "reference", "triton")}
     return case._replace(functions=functions)
@@ -110,8 +112,8 @@ def test_what_is_nearer_to_fp64_than_the_textbook_is_timed(case, capsys):
 
 @pytest.mark.parametrize("op", ["relation_scores", "batch_gram", "infosam_terms"])
 def test_the_truth_is_in_fp64_and_of_the_same_inputs(op, monkeypatch):
-    monkeypatch.setattr(kernels, "HEIGHT", 9)
-    case = next(case for case in kernels.map_cases(3, "channels_last", torch.float16, "cpu") if case.op == op)
+    monkeypatch.setattr(cases, "HEIGHT", 9)
+    case = next(case for case in cases.map_cases(3, "channels_last", torch.float16, "cpu") if case.op == op)
     exact = kernels.exact_values(case, "forward+backward")
     runs = kernels.runs_of(case, "forward+backward")
     for value, wanted in zip(runs["reference"](), exact, strict=True):
@@ -139,7 +141,7 @@ def test_where_the_textbook_does_not_fit_the_reference_is_the_measure(case, caps
 
 
 def test_every_operation_has_a_case():
-    of_maps = list(kernels.map_cases(2, "channels_first", torch.float32, "cpu"))
+    of_maps = list(cases.map_cases(2, "channels_first", torch.float32, "cpu"))
     assert [case.op for case in of_maps] == ["relation_scores", "batch_gram", "infosam_terms"]
     assert {"textbook", "textbook compiled", "reference", "triton"} <= set(of_maps[-1].functions)
 
@@ -223,7 +225,9 @@ def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
     assert sum(step.seconds + gpu._SECONDS_TO_END for step in steps) <= 480
     for step in steps:
         if step.command[2] == "benchmarks.kernels":
-            assert kernels.arguments(step.command[3:]).device == "cuda"
+            options = kernels.options_of(step.command[3:])
+            assert options.device == "cuda"
+            assert not options.batches or not options.samples
     selected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", gpu.TESTS]
     found = subprocess.run([*selected, "-k", gpu.CHECKED], capture_output=True, text=True, check=True).stdout
     assert all(f"::{name}[" in found for name in ("test_scores_in_every_layout", "test_teacher_pass_in_every_layout"))
@@ -231,9 +235,23 @@ def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
-        gpu.main()
+        gpu.main(["--out", str(tmp_path / "gpu")])
     assert "a GPU must be there, got none that PyTorch sees" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "gpu"), "--only", "loss", "los"])
+    assert "--only must name steps of ['tests', 'loss'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [kernels, gpu, teachers, grid])
+def test_help_says_what_every_option_does(module):
+    words = {grid: ["benchmarks.segmentation", "run"]}.get(module, [module.__name__])
+    command = [sys.executable, "-W", "error", "-m", *words, "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for field in dataclasses.fields(module.Options):
+        assert f"--{field.name.replace('_', '-')} " in said.replace(",", " ")
