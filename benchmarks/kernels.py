@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import pandas
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from examples.files import whole_file
 from renyi_kd import implementation
 
 Pass = Literal["forward", "forward+backward"]
+PRINTED = ["provider", "ms_p50", "speed_up", "of_copy", "peak_mib", "launches"]
+LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
 PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
 
 
@@ -178,10 +181,15 @@ def draw(rows: list[dict], path: Path) -> None:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
 
 
-def label(row: dict) -> str:
+def setting(row: Mapping[str, object]) -> str:
+    """Return on what an operation ran."""
     if row["op"] == "gram_moment":
-        return f"gram_moment, n {row['n']}, {row['dtype']}"
-    return f"{row['op']}, B {row['b']}, {row['layout'].replace('_', ' ')}, {row['dtype']}"
+        return f"{row['op']}, {row['variables']} variables, n {row['n']}"
+    return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
+
+
+def label(row: Mapping[str, object]) -> str:
+    return f"{setting(row)}, {row['dtype']}"
 
 
 def options_of(argv: Sequence[str] | None = None) -> Options:
@@ -204,13 +212,7 @@ def main() -> None:
                 continue
             rows += new
             print(f"{label(new[0])}, {which}")
-            for row in new:
-                of_copy = "" if math.isnan(row["of_copy"]) else f"{row['of_copy']:.0%} of copy"
-                launches = f"{row['launches']} launches" if row["launches"] else ""
-                print(
-                    f"    {row['provider']:<18} {row['ms_p50']:>9.2f} ms {row['speed_up']:>6.1f} x "
-                    f"{row['peak_mib']:>8.1f} MiB  {of_copy:<13} {launches}"
-                )
+            print(pandas.DataFrame(new)[PRINTED].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
             # Every time, for the case that this process is stopped.
             if options.out:
                 measure.append_rows(options.out, new)

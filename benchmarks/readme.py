@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.kernels import PROVIDERS
+from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import read
@@ -18,7 +18,6 @@ from benchmarks.segmentation.table import tables
 from examples.files import whole_file
 
 ROOT = Path(__file__).parent.parent
-LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
 
 
 def loss_table(rows: pandas.DataFrame) -> str:
@@ -39,7 +38,7 @@ def loss_table(rows: pandas.DataFrame) -> str:
 
 def kernels_table(rows: pandas.DataFrame) -> str:
     """Return the table of every operation's forward + backward by implementation as Markdown."""
-    newest = newest_rows(rows.assign(operation=rows.apply(label, axis=1)), ["operation", "provider"])
+    newest = newest_rows(rows.assign(operation=rows.apply(setting, axis=1)), ["operation", "provider"])
     times = newest["ms_p50"].map("{:.1f} ms".format).unstack("provider", fill_value="", sort=False)
     own, textbook = (newest.xs(name, level="provider") for name in ("reference", "textbook"))
     table = times[[name for name in PROVIDERS if name in times]].assign(**{"peak memory": memory(own, textbook)})
@@ -60,8 +59,8 @@ def teachers_table(rows: pandas.DataFrame) -> str:
         }
     )
     last = rows.iloc[-1]
-    setting = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
-    return f"{markdown(table)}\n\n{setting}. Measured on {where(newest)}."
+    run = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
+    return f"{markdown(table)}\n\n{run}. Measured on {where(newest)}."
 
 
 def families_table(rows: pandas.DataFrame) -> str:
@@ -70,10 +69,10 @@ def families_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table.rename(columns=spelled))}\n\nRun with torch {' and '.join(rows['torch'].unique())}."
 
 
-def newest_rows(rows: pandas.DataFrame, setting: list[str]) -> pandas.DataFrame:
+def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
     """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
     whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
-    return whole.groupby(setting, sort=False).last(skipna=False)
+    return whole.groupby(columns, sort=False).last(skipna=False)
 
 
 def memory(own: pandas.DataFrame, textbook: pandas.DataFrame) -> pandas.Series:
@@ -85,12 +84,6 @@ def where(rows: pandas.DataFrame) -> str:
     """Return on what the rows were measured, and at which commits."""
     devices = rows["device"] + ", " + rows["threads"] + " threads, torch " + rows["torch"]
     return f"{' and '.join(devices.unique())}, commit {' and '.join(rows['commit'].unique())}"
-
-
-def label(row: pandas.Series) -> str:
-    if row["op"] == "gram_moment":
-        return f"{row['op']}, {row['variables']} variables, n {row['n']}"
-    return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
 
 
 def spelled(column: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import pandas
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +28,7 @@ from examples.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
 
 Step = Callable[[], Tensor]
+PRINTED = ["teacher", "s_p50", "added_percent", "infosam_s", "extra_weights_mib"]
 Kind = Literal["copy", "adapters off", "cached"]
 
 
@@ -131,6 +132,13 @@ def seconds(run: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
+def seconds_in_turns(runs: dict[str, Step], trials: int, device: str) -> dict[str, float]:
+    """Return the median seconds of each; in turns, so that a drift of the machine meets all alike."""
+    turns = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(trials + 1)]
+    # The first turn fills the cache and warms up.
+    return pandas.DataFrame(turns[1:], columns=list(runs)).median().to_dict()
+
+
 def main() -> None:
     options = parsed(Options, "benchmarks.teachers", __doc__, None)
     torch.manual_seed(0)
@@ -141,36 +149,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         batch = make_batch(options.batch, options.image_size, options.device)
         steps, alone, weights = make_steps(batch, options.image_size, options.device, options.amp, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in ("none", *options.teachers)}
-        infosam: dict[str, list[float]] = {name: [] for name in options.teachers}
-        # The first turn fills the cache and warms up; in turns, so that a drift of the machine meets all alike.
-        for trial in range(options.trials + 1):
-            for name, values in times.items():
-                elapsed = seconds(steps[name], options.device)
-                if trial:
-                    values.append(elapsed)
+        with_each = {name: steps[name] for name in ("none", *options.teachers)}
+        times = seconds_in_turns(with_each, options.trials, options.device)
         # Steps differ by more than InfoSAM takes with some teachers, so it is also timed by itself.
-        for trial in range(2 * options.trials + 1):
-            for name, values in infosam.items():
-                elapsed = seconds(alone[name], options.device)
-                if trial:
-                    values.append(elapsed)
-    rows = []
-    bare = statistics.median(times["none"])
-    print(f"{'teacher':<14} {'step s':>8} {'added':>8} {'InfoSAM s':>10} {'of a step':>10} {'extra weights':>14}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        added = 100 * (median / bare - 1)
-        by_itself = statistics.median(infosam[name]) if name in infosam else 0.0
-        rows.append({
-            "teacher": name, "b": options.batch, "image_size": options.image_size, "amp": options.amp, "s_p50": median,
-            "added_percent": added, "infosam_s": by_itself, "extra_weights_mib": weights[name],
-            "trials": options.trials, **environment,
-        })  # fmt: skip
-        print(
-            f"{name:<14} {median:>8.2f} {added:>7.1f}% {by_itself:>10.3f} {100 * by_itself / bare:>9.1f}% "
-            f"{weights[name]:>10.0f} MiB"
-        )
+        by_itself = {name: alone[name] for name in options.teachers}
+        infosam = seconds_in_turns(by_itself, 2 * options.trials, options.device)
+    bare = times["none"]
+    rows = [
+        {
+            "teacher": name,
+            "b": options.batch,
+            "image_size": options.image_size,
+            "amp": options.amp,
+            "s_p50": median,
+            "added_percent": 100 * (median / bare - 1),
+            "infosam_s": infosam.get(name, 0.0),
+            "extra_weights_mib": weights[name],
+            "trials": options.trials,
+            **environment,
+        }
+        for name, median in times.items()
+    ]
+    print(pandas.DataFrame(rows)[PRINTED].to_string(index=False, float_format="{:.3f}".format))
     if options.out:
         measure.append_rows(options.out, rows)
 

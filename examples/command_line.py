@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 import tyro
 from safetensors import SafetensorError
 
@@ -35,8 +34,3 @@ def sentence_at_fault(module: str) -> Iterator[None]:
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         print(f"python -m {module}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def best_device() -> torch.device:
-    """Return a GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

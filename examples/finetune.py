@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from examples.command_line import best_device, parsed, sentence_at_fault
-from examples.data import InstanceDataset, Item, Prompt
+from examples.command_line import parsed, sentence_at_fault
+from examples.data import InstanceDataset, Prompt
+from examples.devices import Amp, autocast, best_device, on_device
 from examples.files import whole_file
 from examples.models import Peft, Sam, load_sam, trainable_copy
 from examples.picture import save_comparison
@@ -80,7 +81,7 @@ class Options:
     limit: int | None = None
     image_size: int | None = None
     device: torch.device = dataclasses.field(default_factory=best_device)
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Amp = "off"
     seed: int = 0
     out: Path = Path("runs/finetune")
 
@@ -117,8 +118,8 @@ def fine_tune(
     for epoch in range(1, options.epochs + 1):
         images.epoch = epoch
         for batch in loader:
-            batch = to_device(batch, options.device)
-            with autocast(options):
+            batch = on_device(batch, options.device)
+            with autocast(options.device, options.amp):
                 logits = student(batch)
                 loss = task = task_loss(logits, batch["masks"])
                 if with_infosam:
@@ -163,8 +164,8 @@ def evaluate(model: nn.Module, sam: Sam, images: InstanceDataset, options: Optio
     """Return IoU and Dice, averaged over the instances of an image and then over the images."""
     ious, dices = [], []
     for batch in tqdm(DataLoader(images), desc="evaluating", unit="image", leave=False):
-        batch = to_device(batch, options.device)
-        with autocast(options):
+        batch = on_device(batch, options.device)
+        with autocast(options.device, options.amp):
             predicted = sam.segment(model, batch) > 0
         true = batch["masks"].bool()
         overlap = (predicted & true).sum((-2, -1))
@@ -177,17 +178,6 @@ def evaluate(model: nn.Module, sam: Sam, images: InstanceDataset, options: Optio
 def run_name(with_infosam: bool) -> str:
     """Return the name of a run in tables and files."""
     return next(name for name, infosam in RUNS.items() if infosam == with_infosam)
-
-
-def to_device(batch: Item, device: torch.device) -> Item:
-    """Return the batch on the device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def autocast(options: Options) -> torch.autocast:
-    """Return the context of --amp."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
-    return torch.autocast(options.device.type, dtype, enabled=dtype is not None)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -259,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_weights(infosam_loss.relation, options.out / "relation.safetensors")
         save_metrics(rows, options.out / "metrics.csv")
     with whole_file(options.out / "comparison.png") as temporary:
-        save_comparison(temporary, sam, models, [to_device(item, options.device) for item in test_images.first(4)])
+        save_comparison(temporary, sam, models, [on_device(item, options.device) for item in test_images.first(4)])
     print(f"\n{'':<16}{'IoU':>8}{'Dice':>8}")
     for name, result in results.items():
         print(f"{name:<16}{result['iou']:>8.3f}{result['dice']:>8.3f}")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from examples.command_line import parsed, sentence_at_fault
 from examples.data import PIXEL_MEAN, PIXEL_STD
+from examples.devices import on_device
 from examples.files import whole_file
 from examples.scenes import random_scene
 from examples.torchvision_compat import ensure_importable
@@ -36,7 +37,7 @@ import transformers  # noqa: E402
 from transformers import SamConfig, SamModel  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.random import Generator
     from numpy.typing import NDArray
@@ -267,12 +268,6 @@ def held_out_iou(model: SamModel, batches: list[dict[str, Tensor]]) -> tuple[flo
 # training
 
 
-def on_device(batches: DataLoader, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches with every tensor on `device`."""
-    for batch in batches:
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def train(model: SamModel, options: Options) -> list[dict[str, float]]:
     """Train in place and return the rows of training.csv; every evaluation writes them and the weights so far."""
     count = options.steps * options.batch_size
@@ -280,7 +275,7 @@ def train(model: SamModel, options: Options) -> list[dict[str, float]]:
         PromptedScenes(count, seed=options.seed, stream=0, jitter=0.05), options.batch_size, num_workers=1
     )
     held_out = DataLoader(PromptedScenes(HELD_OUT_SCENES, seed=options.seed, stream=1, jitter=0.0), 8)
-    held_out_batches = list(on_device(held_out, options.device))
+    held_out_batches = [on_device(batch, options.device) for batch in held_out]
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     warmup = min(WARMUP_STEPS, options.steps)
@@ -288,10 +283,10 @@ def train(model: SamModel, options: Options) -> list[dict[str, float]]:
         optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * s / options.steps))
     )
     rows, recent, started = [], [], time.perf_counter()
-    progress = tqdm(on_device(scenes, options.device), total=options.steps, unit="step", smoothing=0.05)
+    progress = tqdm(scenes, total=options.steps, unit="step", smoothing=0.05)
     for step, batch in enumerate(progress, start=1):
         balance = max(0.0, 1 - step / (BALANCED_SHARE * options.steps))
-        loss = step_loss(model, batch, multimask=step % 2 == 0, balance=balance)
+        loss = step_loss(model, on_device(batch, options.device), multimask=step % 2 == 0, balance=balance)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.peft_methods import Method
 from benchmarks.segmentation.distillers import DISTILLERS
-from examples.command_line import best_device
+from examples.devices import Amp, best_device
 
 # Thin and branching: a box says little of a road.
 FIVE_POINTS = ("aerial_roads",)
@@ -62,7 +62,7 @@ class Options:
     image_size: int | None = None
     five_points: tuple[str, ...] = FIVE_POINTS
     device: torch.device = dataclasses.field(default_factory=best_device)
-    amp: Literal["off", "bf16", "fp16"] = "bf16" if ON_GPU else "off"
+    amp: Amp = "bf16" if ON_GPU else "off"
     workers: int = 4 if ON_GPU else 0
     minutes: float | None = None
     on_bad: Literal["stop", "skip"] = "stop"
