@@ -10,8 +10,8 @@ The folder then holds a log per step and the CSV files and picture to commit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -25,12 +25,29 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from examples.command_line import parsed, sentence_at_fault
+
+PROGRAM = "benchmarks.gpu"
 Outcome = Literal["passed", "failed", "out of time", "not installed"]
 TESTS = "tests/test_triton.py"
 # After an interrupt: pytest then reports the failures so far.
 _SECONDS_TO_END = 3
 # What reads and writes features of every layout, and the loss as a whole.
 CHECKED = "in_every_layout or (loss_is_that_of_the_reference and float32)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is run.
+
+    Attributes:
+        out: folder of logs, rows and picture.
+        only: names of the steps to run; all if left out.
+
+    """
+
+    out: Path
+    only: tuple[str, ...] = ()
 
 
 class Step(NamedTuple):
@@ -127,18 +144,28 @@ def last_line(out: Path, step: Step) -> str:
     return next((line for line in reversed(lines) if line.strip()), "")[:100]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of logs, rows and picture")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")
-    args = parser.parse_args()
-    to_run = steps(args.out)
-    unknown = set(args.only or ()) - {step.name for step in to_run}
+def chosen(options: Options) -> list[Step]:
+    """Return the steps to run.
+
+    Raises:
+        ValueError: there is no step of a name.
+        RuntimeError: there is no GPU.
+
+    """
+    found = steps(options.out)
+    unknown = set(options.only) - {step.name for step in found}
     if unknown:
-        parser.error(f"--only must name steps of {[step.name for step in to_run]}, got {sorted(unknown)}")
+        raise ValueError(f"--only must name steps of {[step.name for step in found]}, got {sorted(unknown)}; drop them")
     if not torch.cuda.is_available():
-        parser.error("a GPU must be there, got none that PyTorch sees; without one, pytest runs the interpreter")
-    if not run_all([step for step in to_run if not args.only or step.name in args.only], args.out):
+        raise RuntimeError("a GPU must be there, got none that PyTorch sees; without one, pytest runs the interpreter")
+    return [step for step in found if not options.only or step.name in options.only]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with sentence_at_fault(PROGRAM):
+        options = parsed(Options, PROGRAM, __doc__, argv)
+        to_run = chosen(options)
+    if not run_all(to_run, options.out):
         sys.exit(1)
 
 

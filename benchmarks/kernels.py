@@ -10,184 +10,57 @@ that a plain copy takes for the same bytes, at the least traffic an operation ne
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, get_args
 
+import pandas
 import torch
 from torch import Tensor
 
-from benchmarks import measure, textbook
-from benchmarks.loss import DIM, HEIGHT, WIDTH, make_features
-from renyi_kd import RelationModule, SAMFeatures, implementation, infosam_terms
-from renyi_kd.ops.batch_gram import batch_gram
-from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
-from renyi_kd.ops.relation_scores import relation_scores
+from benchmarks import measure
+from benchmarks.cases import Case, cases
+from examples.command_line import parsed
+from examples.files import whole_file
+from renyi_kd import implementation
 
-COLUMNS = (
-    "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "n", "variables", "ms_p20", "ms_p50", "ms_p80",
-    "speed_up", "of_copy", "peak_mib", "launches", "trials", "device", "driver", "threads", "torch", "triton", "python",
-    "commit", "dirty", "utc",
-)  # fmt: skip
+Pass = Literal["forward", "forward+backward"]
+PRINTED = ["provider", "ms_p50", "speed_up", "of_copy", "peak_mib", "launches"]
+LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
 PROVIDERS = ("textbook", "textbook compiled", "reference", "triton", "keops")
-PASSES = ("forward", "forward+backward")
-LINEAR = SampleKernel("linear")
 
 
-class Case(NamedTuple):
-    """One operation on one input.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured, and where.
 
     Attributes:
-        op: its name.
-        sizes: columns that say what it ran on.
-        functions: by provider, functions of ``leaves`` with one value.
-        leaves: what is differentiated; the first is the largest.
-        passes: of the largest leaf through memory, at least, by pass; empty where products bound the operation.
-        wide: returns the same case in fp64.
+        out: CSV file to append the rows to.
+        picture: image file to draw the speed-ups to.
+        device: where it runs.
+        dtype: of the features.
+        batches: images of each batch.
+        samples: of gram_moment.
+        ops: only these operations; all if left out.
+        passes: what is timed.
+        threads: of the CPU.
+        trials: turns of each implementation, at least 2.
 
     """
 
-    op: str
-    sizes: dict[str, object]
-    functions: dict[str, Callable[..., Tensor]]
-    leaves: list[Tensor]
-    passes: dict[str, int]
-    wide: Callable[[], Case]
-
-
-def cases(
-    batches: list[int], samples: list[int], dtypes: list[torch.dtype], device: str
-) -> Iterator[tuple[torch.dtype, Case]]:
-    """Yield every case with its dtype; all dtypes of a size first, as the time may end before the sizes do."""
-    for batch in batches:
-        for dtype in dtypes:
-            for layout in ("channels_first", "channels_last"):
-                for case in map_cases(batch, layout, dtype, device):
-                    yield dtype, case
-    for n in samples:
-        for dtype in dtypes:
-            yield dtype, moment_case(n, dtype, device)
-
-
-def map_cases(batch: int, layout: str, dtype: torch.dtype, device: str, *, wide: bool = False) -> Iterator[Case]:
-    torch.manual_seed(0)
-    # What is computed in fp64 is of the rounded inputs.
-    features, others = (torch.float64, torch.float64) if wide else (dtype, torch.float32)
-    relation = RelationModule(DIM).to(device, others)
-    teacher, student = (
-        SAMFeatures(*(value.to(device, features) for value in make_features(batch, layout, dtype)[:2]))
-        for _ in range(2)
-    )
-    x, tokens = (value.requires_grad_() for value in student[:2])
-    directions = torch.randn(batch, 1, DIM).to(device, others).requires_grad_()
-    sizes = {"layout": layout, "b": batch, "d": DIM, "h": HEIGHT, "w": WIDTH}
-
-    def textbook_scores(x: Tensor, directions: Tensor) -> Tensor:
-        pixels = at_least_float(x).flatten(2).mT
-        return directions @ torch.nn.functional.layer_norm(pixels, (DIM,)).mT
-
-    def textbook_gram(x: Tensor) -> Tensor:
-        rows = at_least_float(x.flatten(1))
-        return rows @ rows.mT
-
-    def loss(function: Callable[..., object], x: Tensor, tokens: Tensor, *_: Tensor) -> Tensor:
-        with torch.autocast(device, x.dtype, enabled=x.dtype.itemsize == 2):
-            return function(relation, teacher, SAMFeatures(x, tokens)).loss
-
-    def in_fp64(op: str) -> Case:
-        return next(case for case in map_cases(batch, layout, dtype, device, wide=True) if case.op == op)
-
-    yield Case(
-        "relation_scores",
-        sizes,
-        implementations(textbook_scores, relation_scores),
-        [x, directions],
-        {"forward": 1, "forward+backward": 3},
-        partial(in_fp64, "relation_scores"),
-    )
-    yield Case(
-        "batch_gram",
-        sizes,
-        implementations(textbook_gram, batch_gram),
-        [x],
-        {"forward": 1, "forward+backward": 3},
-        partial(in_fp64, "batch_gram"),
-    )
-    functions = {"textbook": textbook.infosam_terms, "textbook compiled": compiled(textbook.infosam_terms)}
-    functions |= {impl: partial(infosam_terms, impl=impl) for impl in ("reference", "triton")}
-    # The teacher's map is read once, the student's twice, its gradient written once: two and four passes of one map.
-    yield Case(
-        "infosam_terms",
-        sizes,
-        {name: partial(loss, function) for name, function in functions.items()},
-        [x, tokens, *relation.parameters()],
-        {"forward": 2, "forward+backward": 4},
-        partial(in_fp64, "infosam_terms"),
-    )
-
-
-def at_least_float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def moment_case(n: int, dtype: torch.dtype, device: str, *, wide: bool = False) -> Case:
-    torch.manual_seed(0)
-    # With something in common, as features have: without, the moment is all but its diagonal, which has no gradient.
-    features = [(torch.randn(n, DIM) + torch.randn(1, DIM)).to(device, dtype) for _ in range(3)]
-    features = [(x.double() if wide else x).requires_grad_() for x in features]
-
-    def of_grams(*features: Tensor) -> Tensor:
-        squares = torch.ones((), device=device)
-        for x in features:
-            unit = torch.nn.functional.normalize(at_least_float(x), dim=1)
-            squares = squares * (unit @ unit.mT).square()
-        return squares.sum()
-
-    def package(*features: Tensor, impl: str) -> Tensor:
-        return gram_moment(features, [LINEAR] * len(features), impl=impl)
-
-    functions = {"textbook": of_grams, "textbook compiled": compiled(of_grams)}
-    functions |= {impl: partial(package, impl=impl) for impl in ("reference", "triton")}
-    if importlib.util.find_spec("pykeops"):
-        functions["keops"] = keops_moment
-    sizes = {"n": n, "d": DIM, "variables": 3}
-    return Case("gram_moment", sizes, functions, features, {}, partial(moment_case, n, dtype, device, wide=True))
-
-
-def keops_moment(*features: Tensor) -> Tensor:
-    from pykeops.torch import LazyTensor
-
-    squares: object = 1.0
-    for x in features:
-        unit = torch.nn.functional.normalize(x.float(), dim=1)
-        products = (LazyTensor(unit[:, None, :]) * LazyTensor(unit[None, :, :])).sum(-1)
-        squares = products.square() * squares
-    return squares.sum(1).sum()
-
-
-def implementations(
-    textbook_function: Callable[..., Tensor], function: Callable[..., Tensor]
-) -> dict[str, Callable[..., Tensor]]:
-    named = {"textbook": textbook_function, "textbook compiled": compiled(textbook_function)}
-    return named | {impl: partial(function, impl=impl) for impl in ("reference", "triton")}
-
-
-def compiled(function: Callable[..., object]) -> Callable[..., object]:
-    """Return ``torch.compile`` of a function; the compiler is loaded at the first call."""
-    kept: list[Callable[..., object]] = []
-
-    def run(*args: object) -> object:
-        if not kept:
-            # Dynamo keeps what it compiled by function: another size would make it compile for all sizes.
-            torch.compiler.reset()
-            kept.append(torch.compile(function, dynamic=False))
-        return kept[0](*args)
-
-    return run
+    out: Path | None = None
+    picture: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
+    batches: tuple[int, ...] = (4, 16)
+    samples: tuple[int, ...] = (4096,)
+    ops: tuple[Literal["relation_scores", "batch_gram", "infosam_terms", "gram_moment"], ...] = ()
+    passes: tuple[Pass, ...] = get_args(Pass)
+    threads: int = 2
+    trials: int = 5
 
 
 def runs_of(case: Case, which: str) -> dict[str, measure.Run]:
@@ -271,8 +144,8 @@ def rows_of(case: Case, which: str, dtype: torch.dtype, trials: int, environment
             # A copy is two passes, a read and a write.
             of_copy = case.passes[which] / 2 * times["copy"]["ms_p50"] / times[name]["ms_p50"]
         rows.append({
-            "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."), **case.sizes,
-            **times[name], "speed_up": textbook / times[name]["ms_p50"], "of_copy": of_copy,
+            "op": case.op, "provider": name, "pass": which, "dtype": str(dtype).removeprefix("torch."),
+            **case.sizes._asdict(), **times[name], "speed_up": textbook / times[name]["ms_p50"], "of_copy": of_copy,
             "peak_mib": measure.peak_mib(run, device), "launches": measure.launches(run, device),
             "trials": trials, **environment,
         })  # fmt: skip
@@ -304,60 +177,47 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("times as fast as the textbook form, forward + backward")
     figure.legend(loc="outside lower center", ncols=len(PROVIDERS), frameon=False)
     axes.set_title(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
 
 
-def label(row: dict) -> str:
+def setting(row: Mapping[str, object]) -> str:
+    """Return on what an operation ran."""
     if row["op"] == "gram_moment":
-        return f"gram_moment, n {row['n']}, {row['dtype']}"
-    return f"{row['op']}, B {row['b']}, {row['layout'].replace('_', ' ')}, {row['dtype']}"
+        return f"{row['op']}, {row['variables']} variables, n {row['n']}"
+    return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
-    parser.add_argument("--picture", type=Path, help="image file to draw the speed-ups to")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batches", type=int, nargs="*", default=[4, 16])
-    parser.add_argument("--samples", type=int, nargs="*", default=[4096], help="of gram_moment")
-    parser.add_argument("--ops", nargs="+", help="only these operations")
-    parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=5, help="at least 2")
-    return parser.parse_args(given)
+def label(row: Mapping[str, object]) -> str:
+    return f"{setting(row)}, {row['dtype']}"
+
+
+def options_of(argv: Sequence[str] | None = None) -> Options:
+    return parsed(Options, "benchmarks.kernels", __doc__, argv)
 
 
 def main() -> None:
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    environment, rows = measure.environment(args.device), []
-    print(f"auto takes: {implementation(torch.ones(1, device=args.device))}")
-    dtypes = [getattr(torch, name) for name in args.dtype]
-    for dtype, case in cases(args.batches, args.samples, dtypes, args.device):
-        if args.ops and case.op not in args.ops:
+    options = options_of()
+    torch.set_num_threads(options.threads)
+    environment, rows = measure.environment(options.device), []
+    print(f"auto takes: {implementation(torch.ones(1, device=options.device))}")
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    for dtype, case in cases(options.batches, options.samples, dtypes, options.device):
+        if options.ops and case.op not in options.ops:
             continue
-        for which in args.passes:
-            new = rows_of(case, which, dtype, args.trials, environment)
+        for which in options.passes:
+            new = rows_of(case, which, dtype, options.trials, environment)
             if not new:
                 print(f"{case.op}, {which}: nothing to time")
                 continue
             rows += new
             print(f"{label(new[0])}, {which}")
-            for row in new:
-                of_copy = "" if math.isnan(row["of_copy"]) else f"{row['of_copy']:.0%} of copy"
-                launches = f"{row['launches']} launches" if row["launches"] else ""
-                print(
-                    f"    {row['provider']:<18} {row['ms_p50']:>9.2f} ms {row['speed_up']:>6.1f} x "
-                    f"{row['peak_mib']:>8.1f} MiB  {of_copy:<13} {launches}"
-                )
+            print(pandas.DataFrame(new)[PRINTED].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
             # Every time, for the case that this process is stopped.
-            if args.out:
-                measure.append_rows(args.out, new, COLUMNS)
-            if args.picture:
-                draw(rows, args.picture)
+            if options.out:
+                measure.append_rows(options.out, new)
+            if options.picture:
+                draw(rows, options.picture)
 
 
 if __name__ == "__main__":

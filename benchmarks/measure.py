@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pandas
 import torch
+from filelock import FileLock
+
+from examples.files import whole_file
 
 Run = Callable[[], object]
-COLUMNS = (
-    "op", "provider", "pass", "dtype", "layout", "b", "d", "h", "w", "ms_p20", "ms_p50", "ms_p80", "speed_up",
-    "peak_mib", "trials", "device", "driver", "threads", "torch", "triton", "python", "commit", "dirty", "utc",
-)  # fmt: skip
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
@@ -82,8 +82,7 @@ def _calls_ms(run: Run, seconds: float, at_least: int) -> list[float]:
 
 def percentiles(samples: list[float]) -> dict[str, float]:
     """Return the 20th, 50th and 80th percentile by their column."""
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return {"ms_p20": fifths[0], "ms_p50": statistics.median(samples), "ms_p80": fifths[3]}
+    return dict(zip(("ms_p20", "ms_p50", "ms_p80"), np.percentile(samples, (20, 50, 80)), strict=True))
 
 
 def peak_mib(run: Run, device: str) -> float:
@@ -126,19 +125,28 @@ def cpu_peak_mib(run: Run) -> float:
     return peak / 2**20
 
 
-def append_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
-    """Append rows to a CSV file, whole or not at all."""
-    old = path.read_text() if path.is_file() else ""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        file.write(old)
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        writer.writerows(
-            {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
-        )
-    temporary.replace(path)
+def read_rows(path: Path) -> pandas.DataFrame:
+    """Return the rows of a CSV file as text: a commit may read like a number."""
+    return pandas.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows to a CSV file, whole or not at all, after those of any other process.
+
+    Rows that are there stay letter by letter. A cell is empty where a row lacks a column of the others.
+    """
+    new = pandas.DataFrame(rows, dtype=object).map(_written)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        old = [read_rows(path)] if path.is_file() else []
+        with whole_file(path) as temporary:
+            pandas.concat([*old, new]).to_csv(temporary, index=False, lineterminator="\n")
+
+
+def _written(value: object) -> str:
+    """Return a cell; text, as pandas would make floats of whole numbers beside a missing one."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _run(*command: str) -> str:

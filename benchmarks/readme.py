@@ -5,89 +5,89 @@ python -m benchmarks.readme
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
+import pandas
+
+from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
+from benchmarks.markdown import markdown
+from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import read
 from benchmarks.segmentation.table import tables
+from examples.files import whole_file
 
 ROOT = Path(__file__).parent.parent
-LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last"}
 
 
-def loss_table(rows: list[dict[str, str]]) -> str:
+def loss_table(rows: pandas.DataFrame) -> str:
     """Return the table of forward + backward times as Markdown, with the machine and the commit."""
-    newest = {(r["b"], r["layout"], r["provider"]): r for r in rows if r["pass"] == "forward+backward"}
-    lines = ["| B | layout | textbook | renyi_kd | speed-up | peak memory |", "|---|---|---|---|---|---|"]
-    for (batch, layout, provider), row in newest.items():
-        if provider != "textbook":
-            textbook = newest[batch, layout, "textbook"]
-            times = (
-                f"{float(textbook['ms_p50']):.0f} ms | {float(row['ms_p50']):.1f} ms | {float(row['speed_up']):.1f} x"
-            )
-            memory = f"{float(row['peak_mib']):.0f} of {float(textbook['peak_mib']):.0f} MiB"
-            lines.append(f"| {batch} | {LAYOUTS[layout]} | {times} | {memory} |")
-    return "\n".join([*lines, "", f"Measured on {where(newest.values())}."])
+    newest = newest_rows(rows, ["b", "layout", "provider"])
+    own, textbook = (newest.xs(name, level="provider") for name in ("reference", "textbook"))
+    table = pandas.DataFrame(
+        {
+            "textbook": textbook["ms_p50"].map("{:.0f} ms".format),
+            "renyi_kd": own["ms_p50"].map("{:.1f} ms".format),
+            "speed-up": own["speed_up"].map("{:.1f} x".format),
+            "peak memory": memory(own, textbook),
+        }
+    )
+    table = table.rename(LAYOUTS, level="layout").rename_axis(["B", "layout"])
+    return f"{markdown(table)}\n\nMeasured on {where(newest)}."
 
 
-def kernels_table(rows: list[dict[str, str]]) -> str:
+def kernels_table(rows: pandas.DataFrame) -> str:
     """Return the table of every operation's forward + backward by implementation as Markdown."""
-    newest = {(label(r), r["provider"]): r for r in rows if r["pass"] == "forward+backward"}
-    named = {provider for _, provider in newest}
-    providers = [name for name in ("textbook", "textbook compiled", "reference", "triton", "keops") if name in named]
-    lines = [f"| operation | {' | '.join(providers)} | peak memory |", "|---" * (len(providers) + 2) + "|"]
-    for setting in dict.fromkeys(setting for setting, _ in newest):
-        of_setting = {provider: row for (other, provider), row in newest.items() if other == setting}
-        times = [f"{float(of_setting[p]['ms_p50']):.1f} ms" if p in of_setting else "" for p in providers]
-        own, textbook = (float(of_setting[p]["peak_mib"]) for p in ("reference", "textbook"))
-        lines.append(f"| {setting} | {' | '.join(times)} | {own:.0f} of {textbook:.0f} MiB |")
-    return "\n".join([*lines, "", f"Measured on {where(newest.values())}."])
+    newest = newest_rows(rows.assign(operation=rows.apply(setting, axis=1)), ["operation", "provider"])
+    times = newest["ms_p50"].map("{:.1f} ms".format).unstack("provider", fill_value="", sort=False)
+    own, textbook = (newest.xs(name, level="provider") for name in ("reference", "textbook"))
+    table = times[[name for name in PROVIDERS if name in times]].assign(**{"peak memory": memory(own, textbook)})
+    return f"{markdown(table)}\n\nMeasured on {where(newest)}."
 
 
-def teachers_table(rows: list[dict[str, str]]) -> str:
+def teachers_table(rows: pandas.DataFrame) -> str:
     """Return the table of what InfoSAM takes beside a step, by teacher, as Markdown."""
-    newest = {row["teacher"]: row for row in rows}
-    bare = float(newest["none"]["s_p50"])
-    lines = ["| teacher | the step without | the step with | InfoSAM by itself | of the step |", "|---" * 5 + "|"]
-    for name, row in newest.items():
-        if name != "none":
-            own = float(row["infosam_s"])
-            steps = f"{bare:.1f} s | {float(row['s_p50']):.1f} s"
-            lines.append(f"| {name} | {steps} | {own:.3f} s | {100 * own / bare:.1f} % |")
-    last = rows[-1]
-    setting = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
-    return "\n".join([*lines, "", f"{setting}. Measured on {where(newest.values())}."])
+    newest = rows.groupby("teacher", sort=False).last(skipna=False).astype({"s_p50": float, "infosam_s": float})
+    bare = newest["s_p50"]["none"]
+    own = newest.drop("none")
+    table = pandas.DataFrame(
+        {
+            "the step without": f"{bare:.1f} s",
+            "the step with": own["s_p50"].map("{:.1f} s".format),
+            "InfoSAM by itself": own["infosam_s"].map("{:.3f} s".format),
+            "of the step": (100 * own["infosam_s"] / bare).map("{:.1f} %".format),
+        }
+    )
+    last = rows.iloc[-1]
+    run = f"B {last['b']}, {last['image_size']} pixels, bf16 autocast, trials: {last['trials']}"
+    return f"{markdown(table)}\n\n{run}. Measured on {where(newest)}."
 
 
-def where(rows: Iterable[dict[str, str]]) -> str:
-    """Return on what the rows were measured, and at which commits."""
-    rows = list(rows)
-    devices = dict.fromkeys(f"{r['device']}, {r['threads']} threads, torch {r['torch']}" for r in rows)
-    return f"{' and '.join(devices)}, commit {' and '.join(dict.fromkeys(r['commit'] for r in rows))}"
-
-
-def label(row: dict[str, str]) -> str:
-    if row["op"] == "gram_moment":
-        return f"{row['op']}, {row['variables']} variables, n {row['n']}"
-    return f"{row['op']}, B {row['b']}, {LAYOUTS[row['layout']]}"
-
-
-def families_table(rows: list[dict[str, str]]) -> str:
+def families_table(rows: pandas.DataFrame) -> str:
     """Return the table of what was asserted of every SAM family as Markdown."""
-    columns = {
-        "family": "family",
-        "image_features": "image features",
-        "mask_tokens": "mask tokens",
-        "gradients": "gradients",
-        "prompts": "several prompts",
-        "compile": "compile",
-        "run_with": "run with",
-    }
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
-    return "\n".join([*lines, "", f"Run with torch {' and '.join(dict.fromkeys(row['torch'] for row in rows))}."])
+    table = rows.drop(columns="torch").set_index("family").rename(columns={"prompts": "several prompts"})
+    return f"{markdown(table.rename(columns=spelled))}\n\nRun with torch {' and '.join(rows['torch'].unique())}."
+
+
+def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
+    """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
+    whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
+    return whole.groupby(columns, sort=False).last(skipna=False)
+
+
+def memory(own: pandas.DataFrame, textbook: pandas.DataFrame) -> pandas.Series:
+    """Return the peak memory beside that of the textbook form."""
+    return own["peak_mib"].map("{:.0f} of ".format) + textbook["peak_mib"].map("{:.0f} MiB".format)
+
+
+def where(rows: pandas.DataFrame) -> str:
+    """Return on what the rows were measured, and at which commits."""
+    devices = rows["device"] + ", " + rows["threads"] + " threads, torch " + rows["torch"]
+    return f"{' and '.join(devices.unique())}, commit {' and '.join(rows['commit'].unique())}"
+
+
+def spelled(column: str) -> str:
+    return column.replace("_", " ")
 
 
 def segmentation_tables() -> str:
@@ -109,8 +109,7 @@ TABLES = {
 def with_tables(readme: str) -> str:
     """Return the README with its tables made anew."""
     for name, table in TABLES.items():
-        with (ROOT / f"benchmarks/results/{name}.csv").open(newline="") as file:
-            readme = _with_table(readme, name, table(list(csv.DictReader(file))))
+        readme = _with_table(readme, name, table(read_rows(ROOT / f"benchmarks/results/{name}.csv")))
     return _with_table(readme, "segmentation", segmentation_tables())
 
 
@@ -121,4 +120,6 @@ def _with_table(readme: str, name: str, text: str) -> str:
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    text = with_tables(path.read_text())
+    with whole_file(path) as temporary:
+        temporary.write_text(text)

@@ -8,30 +8,54 @@ decoder.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
+import pandas
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import measure
+from examples.command_line import parsed
 from examples.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
 
 Step = Callable[[], Tensor]
-TEACHERS = ("none", "copy", "adapters off", "cached")
+PRINTED = ["teacher", "s_p50", "added_percent", "infosam_s", "extra_weights_mib"]
+Kind = Literal["copy", "adapters off", "cached"]
 
-COLUMNS = (
-    "teacher", "b", "image_size", "amp", "s_p50", "added_percent", "infosam_s", "extra_weights_mib", "trials",
-    "device", "driver", "threads", "torch", "triton", "python", "commit", "dirty", "utc",
-)  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured, and where.
+
+    Attributes:
+        out: CSV file to append the rows to.
+        batch: images per step.
+        image_size: side of the square input in pixels.
+        device: cpu or cuda.
+        amp: bf16 autocast.
+        threads: of the CPU.
+        trials: steps that count, of each teacher.
+        teachers: those beside a step without InfoSAM.
+
+    """
+
+    out: Path | None = None
+    batch: int = 4
+    image_size: int = 1024
+    device: Literal["cpu", "cuda"] = "cpu"
+    amp: bool = False
+    threads: int = 2
+    trials: int = 3
+    teachers: tuple[Kind, ...] = get_args(Kind)
 
 
 def make_batch(batch: int, image_size: int, device: str) -> dict[str, object]:
@@ -108,57 +132,47 @@ def seconds(run: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
+def seconds_in_turns(runs: dict[str, Step], trials: int, device: str) -> dict[str, float]:
+    """Return the median seconds of each; in turns, so that a drift of the machine meets all alike."""
+    turns = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(trials + 1)]
+    # The first turn fills the cache and warms up.
+    return pandas.DataFrame(turns[1:], columns=list(runs)).median().to_dict()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", action="store_true", help="bf16 autocast")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--teachers", nargs="+", choices=TEACHERS[1:], default=TEACHERS[1:])
-    args = parser.parse_args()
+    options = parsed(Options, "benchmarks.teachers", __doc__, None)
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     # Of random weights most gradients are so small that the CPU takes its slow path for denormal numbers.
     torch.set_flush_denormal(True)
-    environment = measure.environment(args.device)
+    environment = measure.environment(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        batch = make_batch(args.batch, args.image_size, args.device)
-        steps, alone, weights = make_steps(batch, args.image_size, args.device, args.amp, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in ("none", *args.teachers)}
-        infosam: dict[str, list[float]] = {name: [] for name in args.teachers}
-        # The first turn fills the cache and warms up; in turns, so that a drift of the machine meets all alike.
-        for trial in range(args.trials + 1):
-            for name, values in times.items():
-                elapsed = seconds(steps[name], args.device)
-                if trial:
-                    values.append(elapsed)
+        batch = make_batch(options.batch, options.image_size, options.device)
+        steps, alone, weights = make_steps(batch, options.image_size, options.device, options.amp, Path(folder))
+        with_each = {name: steps[name] for name in ("none", *options.teachers)}
+        times = seconds_in_turns(with_each, options.trials, options.device)
         # Steps differ by more than InfoSAM takes with some teachers, so it is also timed by itself.
-        for trial in range(2 * args.trials + 1):
-            for name, values in infosam.items():
-                elapsed = seconds(alone[name], args.device)
-                if trial:
-                    values.append(elapsed)
-    rows = []
-    bare = statistics.median(times["none"])
-    print(f"{'teacher':<14} {'step s':>8} {'added':>8} {'InfoSAM s':>10} {'of a step':>10} {'extra weights':>14}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        added = 100 * (median / bare - 1)
-        by_itself = statistics.median(infosam[name]) if name in infosam else 0.0
-        rows.append({
-            "teacher": name, "b": args.batch, "image_size": args.image_size, "amp": args.amp, "s_p50": median,
-            "added_percent": added, "infosam_s": by_itself, "extra_weights_mib": weights[name],
-            "trials": args.trials, **environment,
-        })  # fmt: skip
-        print(
-            f"{name:<14} {median:>8.2f} {added:>7.1f}% {by_itself:>10.3f} {100 * by_itself / bare:>9.1f}% "
-            f"{weights[name]:>10.0f} MiB"
-        )
-    if args.out:
-        measure.append_rows(args.out, rows, COLUMNS)
+        by_itself = {name: alone[name] for name in options.teachers}
+        infosam = seconds_in_turns(by_itself, 2 * options.trials, options.device)
+    bare = times["none"]
+    rows = [
+        {
+            "teacher": name,
+            "b": options.batch,
+            "image_size": options.image_size,
+            "amp": options.amp,
+            "s_p50": median,
+            "added_percent": 100 * (median / bare - 1),
+            "infosam_s": infosam.get(name, 0.0),
+            "extra_weights_mib": weights[name],
+            "trials": options.trials,
+            **environment,
+        }
+        for name, median in times.items()
+    ]
+    print(pandas.DataFrame(rows)[PRINTED].to_string(index=False, float_format="{:.3f}".format))
+    if options.out:
+        measure.append_rows(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from examples.torchvision_compat import ensure_importable
 
 Prompt = Literal["box", "point"]
 Item = dict[str, Tensor]
@@ -28,8 +31,9 @@ class InstanceDataset(Dataset[Item]):
     """One image per item, with prompts for some of its instances.
 
     A mask file holds the union of an image's instances: they are its connected components of at least 20 pixels at
-    the size of the model's input. The image is scaled so that its longest side fits the model, normalised, and padded
-    below and on the right. All files are decoded once at the start, so that a bad one is named before any training.
+    the size of the model's input. The image is prepared by SAM's image processor: its longest side is scaled to the
+    model's input, its colours are normalised, and zeros are added below and on the right. All files are decoded once at
+    the start, so that a bad one is named before any training.
 
     Items are dictionaries of tensors, with S the model's input size and p the number of prompts:
     ``pixel_values [3, S, S]``; ``input_boxes [p, 4]`` or ``input_points [p, 1, 2]`` with ``input_labels [p, 1]``, in
@@ -67,7 +71,7 @@ class InstanceDataset(Dataset[Item]):
         self.pairs: list[tuple[Path, Path]] = []
         self.empty: list[Path] = []
         for image_path, mask_path in listed_pairs(folder, split)[:limit]:
-            _, instances = read_pair(image_path, mask_path, size)
+            instances = components(prepared_pair(image_path, mask_path, size)[1])
             (self.pairs if instances.max() > 0 else self.empty).append((image_path, mask_path))
         if not self.pairs:
             raise ValueError(
@@ -79,19 +83,15 @@ class InstanceDataset(Dataset[Item]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Item:
-        image, instances = read_pair(*self.pairs[index], self.size)
+        pixels, foreground = prepared_pair(*self.pairs[index], self.size)
+        instances = components(foreground)
         rng = np.random.default_rng([self.seed, self.epoch, index])
         numbers = np.arange(1, instances.max() + 1)
         if self.training:
             numbers = rng.choice(numbers, self.n_prompts, replace=len(numbers) < self.n_prompts)
         masks = instances == numbers[: self.n_prompts, None, None]
-        height, width, _ = image.shape
-        pixels = torch.zeros(3, self.size, self.size)
-        pixels[:, :height, :width] = (torch.from_numpy(image).permute(2, 0, 1) - PIXEL_MEAN) / PIXEL_STD
-        inside = torch.zeros(1, self.size, self.size)
-        inside[:, :height, :width] = 1
-        padding = ((0, 0), (0, self.size - height), (0, self.size - width))
-        item = {"pixel_values": pixels, "inside": inside, "masks": torch.from_numpy(np.pad(masks, padding)).float()}
+        item = {"pixel_values": pixels, "inside": on_canvas(np.ones_like(foreground[None]), self.size)}
+        item["masks"] = on_canvas(masks, self.size)
         jitter = rng if self.training else None
         if self.prompt == "box":
             boxes = np.stack([box_around(mask, jitter) for mask in masks])
@@ -137,23 +137,59 @@ def must_exist(path: Path, split: str) -> None:
         raise FileNotFoundError(f"{path}: listed in {split}.csv but missing; add it or remove its row")
 
 
-def read_pair(image_path: Path, mask_path: Path, size: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return an image ``[h, w, 3]`` in 0..255 and its instance numbers ``[h, w]``, the longest side scaled to size."""
+def prepared_pair(image_path: Path, mask_path: Path, size: int) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return an image as SAM takes it, ``[3, S, S]``, and its foreground ``[h, w]`` without the padding."""
     image, mask = decoded(image_path, "RGB"), decoded(mask_path, "L")
     if image.size != mask.size:
         raise ValueError(
             f"{mask_path}: must have the size of its image {image_path.name}, got {mask.size} and {image.size} (width, "
-            "height); scale one of them"
+            "height); scale one of them or remove its row"
         )
-    scale = size / max(image.size)
-    scaled = tuple(max(1, round(side * scale)) for side in image.size)
-    image = image.resize(scaled, Image.Resampling.BILINEAR)
-    foreground = np.asarray(mask.resize(scaled, Image.Resampling.NEAREST)) > 127
-    components, _ = ndimage.label(foreground)
-    large = np.bincount(components.ravel()) >= MIN_PIXELS
+    if 2 * size * min(image.size) < max(image.size):
+        raise ValueError(
+            f"{image_path}: must be half a pixel wide and high or more at {size} px, got {image.size} (width, height); "
+            "cut it into pieces or remove its row"
+        )
+    prepared = image_processor(size)(image, segmentation_maps=np.asarray(mask), return_tensors="pt")
+    height, width = prepared["reshaped_input_sizes"][0].tolist()
+    return prepared["pixel_values"][0], prepared["labels"][0, :height, :width].numpy() > 127
+
+
+@functools.cache
+def image_processor(size: int) -> Any:
+    """Return the image processor of transformers' SAM for inputs ``[3, size, size]``; masks have the same size.
+
+    It is the one that runs on Pillow: torchvision's takes other pixels of a mask.
+    """
+    ensure_importable()
+    import transformers
+
+    # The name is new in transformers 5, where the old one became torchvision's.
+    make = getattr(transformers, "SamImageProcessorPil", None) or transformers.SamImageProcessor
+    longest, canvas = {"longest_edge": size}, {"height": size, "width": size}
+    return make(
+        size=longest,
+        pad_size=canvas,
+        mask_size=longest,
+        mask_pad_size=canvas,
+        do_rescale=False,
+        image_mean=PIXEL_MEAN.flatten().tolist(),
+        image_std=PIXEL_STD.flatten().tolist(),
+    )
+
+
+def on_canvas(masks: NDArray[np.bool_], size: int) -> Tensor:
+    """Return masks ``[p, h, w]`` as 0 and 1 ``[p, S, S]``, padded with zeros as their image is."""
+    _, height, width = masks.shape
+    return torch.from_numpy(np.pad(masks, ((0, 0), (0, size - height), (0, size - width)))).float()
+
+
+def components(foreground: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Return the number of the instance of every pixel ``[h, w]``, 0 for background and for specks."""
+    labels, _ = ndimage.label(foreground)
+    large = np.bincount(labels.ravel()) >= MIN_PIXELS
     large[0] = False
-    numbers = np.where(large, np.cumsum(large), 0).astype(np.int32)
-    return np.array(image, dtype=np.float32), numbers[components]
+    return np.where(large, np.cumsum(large), 0).astype(np.int32)[labels]
 
 
 def decoded(path: Path, mode: str) -> Image.Image:

@@ -8,27 +8,31 @@ and images lie beside this file. Weights, metrics.csv and comparison.png are wri
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from examples.data import InstanceDataset, Item
+from examples.command_line import parsed, sentence_at_fault
+from examples.data import InstanceDataset, Prompt
+from examples.devices import Amp, autocast, best_device, on_device
 from examples.files import whole_file
-from examples.models import Sam, load_sam, trainable_copy
+from examples.models import Peft, Sam, load_sam, trainable_copy
 from examples.picture import save_comparison
 from renyi_kd import InfoSAMLoss, tap
 
 NUCLEI = Path(__file__).parent / "assets" / "nuclei"
+PROGRAM = "examples.finetune"
 RUNS = {"PEFT": False, "PEFT + InfoSAM": True}
 COLUMNS = (
     "run", "epoch", "step", "loss", "task_loss", "compression", "distillation", "teacher_similarity",
@@ -36,32 +40,86 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fine-tuned, on what and how.
+
+    Attributes:
+        model: mini, mobile_sam, or a SAM of transformers by name or folder.
+        weights: safetensors file of mobile_sam.
+        data: folder with images/, masks/, train.csv, test.csv.
+        peft: which weights are trained.
+        lambda_r: weight of the compression term.
+        lambda_d: weight of the distillation term.
+        alpha: order of the entropies.
+        prompt: kind of the prompts.
+        prompts: number per image in training.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: peak learning rate.
+        limit: use at most so many images of each list.
+        image_size: side of the square input in pixels; the model's own if left out.
+        device: where everything runs.
+        amp: autocast.
+        seed: of weights, order and prompts.
+        out: folder for weights, metrics.csv and comparison.png.
+
+    """
+
+    model: str = "mini"
+    weights: Path | None = None
+    data: Path = NUCLEI
+    peft: Peft = "lora"
+    lambda_r: float = 1.0
+    lambda_d: float = 0.5
+    alpha: float = 2.0
+    prompt: Prompt = "box"
+    prompts: int = 8
+    epochs: int = 6
+    batch_size: int = 4
+    lr: float = 2e-4
+    limit: int | None = None
+    image_size: int | None = None
+    device: torch.device = dataclasses.field(default_factory=best_device)
+    amp: Amp = "off"
+    seed: int = 0
+    out: Path = Path("runs/finetune")
+
+
+class Setup(NamedTuple):
+    """What the options name."""
+
+    sam: Sam
+    train_images: InstanceDataset
+    test_images: InstanceDataset
+
+
 def fine_tune(
-    sam: Sam, images: InstanceDataset, args: argparse.Namespace, with_infosam: bool
+    sam: Sam, images: InstanceDataset, options: Options, with_infosam: bool
 ) -> tuple[nn.Module, InfoSAMLoss, list[dict[str, float]]]:
     """Return a fine-tuned copy of the model, the loss with its relation module, and one row of metrics per step."""
-    torch.manual_seed(args.seed)
-    model = trainable_copy(sam, args.peft).to(args.device)
+    torch.manual_seed(options.seed)
+    model = trainable_copy(sam, options.peft).to(options.device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     teacher = tap(sam.model, call=sam.segment)
     student = tap(model, call=sam.segment)
-    infosam_loss = InfoSAMLoss(sam.dim, lambda_r=args.lambda_r, lambda_d=args.lambda_d, alpha=args.alpha)
-    infosam_loss.to(args.device)
-    optimizer = torch.optim.AdamW([*trainable, *infosam_loss.parameters()], lr=args.lr)
+    infosam_loss = InfoSAMLoss(sam.dim, lambda_r=options.lambda_r, lambda_d=options.lambda_d, alpha=options.alpha)
+    infosam_loss.to(options.device)
+    optimizer = torch.optim.AdamW([*trainable, *infosam_loss.parameters()], lr=options.lr)
 
-    order = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(images, min(args.batch_size, len(images)), shuffle=True, drop_last=True, generator=order)
-    n_steps = args.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=n_steps, pct_start=0.2)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+    order = torch.Generator().manual_seed(options.seed)
+    loader = DataLoader(images, min(options.batch_size, len(images)), shuffle=True, drop_last=True, generator=order)
+    n_steps = options.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=n_steps, pct_start=0.2)
+    scaler = torch.amp.GradScaler(options.device.type, enabled=options.amp == "fp16")
     rows, started = [], time.perf_counter()
     progress = tqdm(total=n_steps, desc=run_name(with_infosam), unit="step")
-    for epoch in range(1, args.epochs + 1):
+    for epoch in range(1, options.epochs + 1):
         images.epoch = epoch
         for batch in loader:
-            batch = to_device(batch, args.device)
-            with autocast(args):
+            batch = on_device(batch, options.device)
+            with autocast(options.device, options.amp):
                 logits = student(batch)
                 loss = task = task_loss(logits, batch["masks"])
                 if with_infosam:
@@ -102,12 +160,12 @@ def task_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, sam: Sam, images: InstanceDataset, args: argparse.Namespace) -> dict[str, float]:
+def evaluate(model: nn.Module, sam: Sam, images: InstanceDataset, options: Options) -> dict[str, float]:
     """Return IoU and Dice, averaged over the instances of an image and then over the images."""
     ious, dices = [], []
     for batch in tqdm(DataLoader(images), desc="evaluating", unit="image", leave=False):
-        batch = to_device(batch, args.device)
-        with autocast(args):
+        batch = on_device(batch, options.device)
+        with autocast(options.device, options.amp):
             predicted = sam.segment(model, batch) > 0
         true = batch["masks"].bool()
         overlap = (predicted & true).sum((-2, -1))
@@ -120,17 +178,6 @@ def evaluate(model: nn.Module, sam: Sam, images: InstanceDataset, args: argparse
 def run_name(with_infosam: bool) -> str:
     """Return the name of a run in tables and files."""
     return next(name for name, infosam in RUNS.items() if infosam == with_infosam)
-
-
-def to_device(batch: Item, device: torch.device) -> Item:
-    """Return the batch on the device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    """Return the context of --amp."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -152,77 +199,61 @@ def save_metrics(rows: list[dict[str, float]], path: Path) -> None:
         )
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line's options; a bad one ends the program with a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="mini", help="mini, mobile_sam, or a SAM of transformers by name or folder")
-    add("--weights", type=Path, help="safetensors file of mobile_sam")
-    add("--data", type=Path, default=NUCLEI, help="folder with images/, masks/, train.csv, test.csv")
-    add("--peft", choices=("lora", "adapter", "bitfit", "decoder"), default="lora")
-    add("--lambda-r", type=float, default=1.0, help="weight of the compression term")
-    add("--lambda-d", type=float, default=0.5, help="weight of the distillation term")
-    add("--alpha", type=float, default=2.0, help="order of the entropies")
-    add("--prompt", choices=("box", "point"), default="box")
-    add("--prompts", type=int, default=8, help="prompts per image in training")
-    add("--epochs", type=int, default=6)
-    add("--batch-size", type=int, default=4)
-    add("--lr", type=float, default=2e-4, help="peak learning rate")
-    add("--limit", type=int, help="use at most so many images of each list")
-    add("--image-size", type=int, help="side of the square input in pixels; the model's own if left out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/finetune"), help="folder for weights, metrics.csv and comparison.png")
-    args = parser.parse_args(argv)
+def setup(options: Options) -> Setup:
+    """Load the model and the images.
+
+    Raises:
+        ValueError: an option, or a file that it names, does not do; likewise OSError, RuntimeError and the like.
+
+    """
     for option in ("prompts", "epochs", "batch_size", "limit", "image_size"):
-        value = getattr(args, option)
+        value = getattr(options, option)
         if value is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr must be a finite number above 0, got {args.lr}")
-    if args.seed < 0:
-        parser.error(f"--seed must not be negative, got {args.seed}")
-    try:
-        args.device = torch.empty(0, device=args.device).device
-        InfoSAMLoss(1, lambda_r=args.lambda_r, lambda_d=args.lambda_d, alpha=args.alpha)
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.sam = load_sam(args.model, args.weights, args.image_size)
-        shared = {"size": args.sam.image_size, "prompt": args.prompt, "limit": args.limit, "seed": args.seed}
-        args.train_images = InstanceDataset(args.data, "train", n_prompts=args.prompts, **shared)
-        args.test_images = InstanceDataset(args.data, "test", n_prompts=32, **shared)
-    except (AssertionError, OSError, RuntimeError, ValueError, ModuleNotFoundError, SafetensorError) as error:
-        parser.error(str(error))
-    if min(args.batch_size, len(args.train_images)) * args.prompts < 2:
-        parser.error("--batch-size times --prompts must be at least 2 for InfoSAM, which compares samples, got 1")
-    return args
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}; raise it")
+    if not 0 < options.lr < math.inf:
+        raise ValueError(f"--lr must be a finite number above 0, got {options.lr}; leave it out for 2e-4")
+    if options.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {options.seed}; leave it out for 0")
+    torch.empty(0, device=options.device)
+    InfoSAMLoss(1, lambda_r=options.lambda_r, lambda_d=options.lambda_d, alpha=options.alpha)
+    options.out.mkdir(parents=True, exist_ok=True)
+    sam = load_sam(options.model, options.weights, options.image_size)
+    shared = {"size": sam.image_size, "prompt": options.prompt, "limit": options.limit, "seed": options.seed}
+    train_images = InstanceDataset(options.data, "train", n_prompts=options.prompts, **shared)
+    test_images = InstanceDataset(options.data, "test", n_prompts=32, **shared)
+    if min(options.batch_size, len(train_images)) * options.prompts < 2:
+        raise ValueError(
+            "--batch-size times --prompts must be at least 2 for InfoSAM, which compares samples, got 1; raise one"
+        )
+    return Setup(sam._replace(model=sam.model.to(options.device)), train_images, test_images)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune twice, compare on the test images, and write what came out."""
-    args = arguments(argv)
-    sam = args.sam._replace(model=args.sam.model.to(args.device))
-    for images, split in ((args.train_images, "train"), (args.test_images, "test")):
+    with sentence_at_fault(PROGRAM):
+        options = parsed(Options, PROGRAM, __doc__, argv)
+        sam, train_images, test_images = setup(options)
+    for images, split in ((train_images, "train"), (test_images, "test")):
         skipped = f", {len(images.empty)} without instances skipped" if images.empty else ""
         print(f"{split}: {len(images)} images{skipped}")
     models = {"zero-shot": sam.model}
-    results = {"zero-shot": evaluate(sam.model, sam, args.test_images, args)}
+    results = {"zero-shot": evaluate(sam.model, sam, test_images, options)}
     rows: list[dict[str, float]] = [{"run": "zero-shot", **results["zero-shot"]}]
     for name, with_infosam in RUNS.items():
-        model, infosam_loss, steps = fine_tune(sam, args.train_images, args, with_infosam)
-        models[name], results[name] = model, evaluate(model, sam, args.test_images, args)
+        model, infosam_loss, steps = fine_tune(sam, train_images, options, with_infosam)
+        models[name], results[name] = model, evaluate(model, sam, test_images, options)
         steps[-1].update(results[name])
         rows += [{"run": name, **step} for step in steps]
-        save_weights(model, args.out / f"{args.peft}{'_infosam' if with_infosam else ''}.safetensors")
+        save_weights(model, options.out / f"{options.peft}{'_infosam' if with_infosam else ''}.safetensors")
         if with_infosam:
-            save_weights(infosam_loss.relation, args.out / "relation.safetensors")
-        save_metrics(rows, args.out / "metrics.csv")
-    with whole_file(args.out / "comparison.png") as temporary:
-        save_comparison(temporary, sam, models, [to_device(item, args.device) for item in args.test_images.first(4)])
+            save_weights(infosam_loss.relation, options.out / "relation.safetensors")
+        save_metrics(rows, options.out / "metrics.csv")
+    with whole_file(options.out / "comparison.png") as temporary:
+        save_comparison(temporary, sam, models, [on_device(item, options.device) for item in test_images.first(4)])
     print(f"\n{'':<16}{'IoU':>8}{'Dice':>8}")
     for name, result in results.items():
         print(f"{name:<16}{result['iou']:>8.3f}{result['dice']:>8.3f}")
-    print(f"\n{len(args.test_images)} held-out images; weights, metrics.csv and comparison.png are in {args.out}")
+    print(f"\n{len(test_images)} held-out images; weights, metrics.csv and comparison.png are in {options.out}")
 
 
 if __name__ == "__main__":

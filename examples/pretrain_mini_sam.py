@@ -8,8 +8,8 @@ box or a point names. With the default options this wrote the weights in example
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import json
 import tempfile
 import time
@@ -19,29 +19,58 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import SamConfig, SamModel
 
+from examples.command_line import parsed, sentence_at_fault
+from examples.data import PIXEL_MEAN, PIXEL_STD
+from examples.devices import on_device
+from examples.files import whole_file
 from examples.scenes import random_scene
+from examples.torchvision_compat import ensure_importable
+
+# Before transformers is imported, which looks for torchvision.
+ensure_importable()
+
+import transformers  # noqa: E402
+from transformers import SamConfig, SamModel  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from numpy.random import Generator
     from numpy.typing import NDArray
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH = 192, 8, 128
-MEAN = np.array([123.675, 116.28, 103.53], np.float32) / 255
-STD = np.array([58.395, 57.12, 57.375], np.float32) / 255
+MEAN, STD = PIXEL_MEAN.flatten().numpy() / 255, PIXEL_STD.flatten().numpy() / 255
 N_BOXES, N_POINTS = 5, 3
 PEAK_LR, WEIGHT_DECAY, WARMUP_STEPS = 8e-4, 0.05, 100
 # Over this share of the steps the loss goes from balanced cross-entropy to focal; see mask_loss.
 BALANCED_SHARE = 0.5
 HELD_OUT_SCENES, EVALUATE_EVERY = 96, 200
+PROGRAM = "examples.pretrain_mini_sam"
 COLUMNS = ("step", "loss", "held_out_box_iou", "held_out_point_iou", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How long it is trained, and where the result goes.
+
+    Attributes:
+        out: folder to write; made if missing.
+        steps: of the optimiser.
+        batch_size: scenes a step.
+        seed: of the weights and the scenes.
+        device: as torch names it.
+
+    """
+
+    out: Path
+    steps: int = 2400
+    batch_size: int = 4
+    seed: int = 0
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
 
 # model
@@ -239,92 +268,79 @@ def held_out_iou(model: SamModel, batches: list[dict[str, Tensor]]) -> tuple[flo
 # training
 
 
-def on_device(batches: DataLoader, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches with every tensor on `device`."""
-    for batch in batches:
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def train(model: SamModel, args: argparse.Namespace) -> list[dict[str, float]]:
+def train(model: SamModel, options: Options) -> list[dict[str, float]]:
     """Train in place and return the rows of training.csv; every evaluation writes them and the weights so far."""
-    count = args.steps * args.batch_size
-    scenes = DataLoader(PromptedScenes(count, seed=args.seed, stream=0, jitter=0.05), args.batch_size, num_workers=1)
-    held_out = DataLoader(PromptedScenes(HELD_OUT_SCENES, seed=args.seed, stream=1, jitter=0.0), 8)
-    held_out_batches = list(on_device(held_out, args.device))
+    count = options.steps * options.batch_size
+    scenes = DataLoader(
+        PromptedScenes(count, seed=options.seed, stream=0, jitter=0.05), options.batch_size, num_workers=1
+    )
+    held_out = DataLoader(PromptedScenes(HELD_OUT_SCENES, seed=options.seed, stream=1, jitter=0.0), 8)
+    held_out_batches = [on_device(batch, options.device) for batch in held_out]
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
-    warmup = min(WARMUP_STEPS, args.steps)
+    warmup = min(WARMUP_STEPS, options.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * s / args.steps))
+        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * s / options.steps))
     )
     rows, recent, started = [], [], time.perf_counter()
-    progress = tqdm(on_device(scenes, args.device), total=args.steps, unit="step", smoothing=0.05)
+    progress = tqdm(scenes, total=options.steps, unit="step", smoothing=0.05)
     for step, batch in enumerate(progress, start=1):
-        balance = max(0.0, 1 - step / (BALANCED_SHARE * args.steps))
-        loss = step_loss(model, batch, multimask=step % 2 == 0, balance=balance)
+        balance = max(0.0, 1 - step / (BALANCED_SHARE * options.steps))
+        loss = step_loss(model, on_device(batch, options.device), multimask=step % 2 == 0, balance=balance)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         recent.append(loss.item())
-        if step % EVALUATE_EVERY == 0 or step == args.steps:
+        if step % EVALUATE_EVERY == 0 or step == options.steps:
             box_iou, point_iou = held_out_iou(model, held_out_batches)
             seconds = round(time.perf_counter() - started)
             values = (step, round(float(np.mean(recent)), 4), round(box_iou, 4), round(point_iou, 4), seconds)
             rows.append(dict(zip(COLUMNS, values, strict=True)))
-            write_rows(rows, args.out / "training.csv")
-            save_atomically(model, args.out)
+            write_rows(rows, options.out / "training.csv")
+            save_atomically(model, options.out)
             progress.set_postfix(loss=rows[-1]["loss"], box=rows[-1]["held_out_box_iou"])
             recent.clear()
     return rows
 
 
 def write_rows(rows: list[dict[str, float]], path: Path) -> None:
-    """Write `rows` as CSV under a temporary name, then rename."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    """Write `rows` as CSV."""
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options, or exit with one line that names the bad one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="scenes a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the scenes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
-    parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    args = parser.parse_args()
+def check(options: Options) -> None:
+    """Raise an error that names the option, unless all can be used."""
     for option, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
-        if (value := getattr(args, option)) < least:
-            name, default = option.replace("_", "-"), parser.get_default(option)
-            parser.error(f"--{name} must be at least {least}, got {value}; leave it out for {default}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder, got the file {args.out}; name another path")
-    try:
-        args.device = torch.empty(0, device=args.device).device
-    except (AssertionError, RuntimeError) as error:
-        parser.error(f"--device must be usable, got {args.device} ({str(error).splitlines()[0]}); use cpu")
-    return args
+        if (value := getattr(options, option)) < least:
+            name = option.replace("_", "-")
+            raise ValueError(
+                f"--{name} must be at least {least}, got {value}; leave it out for {getattr(Options, option)}"
+            )
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {options.out}; name another path")
+    torch.empty(0, device=options.device)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train with the command line's options and write the folder."""
-    args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with sentence_at_fault(PROGRAM):
+        options = parsed(Options, PROGRAM, __doc__, argv)
+        check(options)
+        options.out.mkdir(parents=True, exist_ok=True)
     # Its bars, one for each save, would break the progress bar of the training.
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(args.seed)
-    model = new_mini_sam().to(args.device).train()
+    torch.manual_seed(options.seed)
+    model = new_mini_sam().to(options.device).train()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"mini SAM, {size:.2f} million weights; torch {torch.__version__}, transformers {transformers.__version__}")
-    last = train(model, args)[-1]
+    last = train(model, options)[-1]
     print(f"{last['step']} steps in {last['seconds'] / 60:.1f} minutes; held-out IoU on generated scenes: ", end="")
-    print(f"{last['held_out_box_iou']:.3f} with a box, {last['held_out_point_iou']:.3f} with a point -> {args.out}")
+    print(f"{last['held_out_box_iou']:.3f} with a box, {last['held_out_point_iou']:.3f} with a point -> {options.out}")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, kernels, measure
+from benchmarks import cases, gpu, kernels, measure, teachers
+from benchmarks.segmentation import grid
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.fixture
 def case():
-    case = kernels.moment_case(48, torch.float32, "cpu")
+    case = cases.moment_case(48, torch.float32, "cpu")
     # Compiling takes a C++ compiler and a while.
     functions = {name: case.functions[name] for name in ("textbook", "reference", "triton")}
     return case._replace(functions=functions)
@@ -27,13 +32,53 @@ def test_rows_say_what_was_measured_and_where(case, which, tmp_path):
     rows = kernels.rows_of(case, which, torch.float32, 2, measure.environment())
     assert [row["provider"] for row in rows] == ["textbook", "reference"]
     for row in rows:
-        assert set(row) <= set(kernels.COLUMNS)
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
     assert rows[0]["speed_up"] == 1
-    measure.append_rows(tmp_path / "rows.csv", rows, kernels.COLUMNS)
-    measure.append_rows(tmp_path / "rows.csv", rows, kernels.COLUMNS)
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == ["textbook", "reference"] * 2
+    measure.append_rows(tmp_path / "rows.csv", rows)
+    measure.append_rows(tmp_path / "rows.csv", rows)
+    written = measure.read_rows(tmp_path / "rows.csv")
+    assert list(written.columns) == list(measure.read_rows(RESULTS / "kernels_cpu.csv").columns)
+    assert list(written["provider"]) == ["textbook", "reference"] * 2
+    assert set(written["n"]) == {"48"}
+    assert set(written["b"]) == {""}
+
+
+@pytest.mark.parametrize("name", ["loss_cpu", "kernels_cpu", "teachers_cpu", "families"])
+def test_rows_that_are_there_stay_letter_by_letter(name, tmp_path):
+    path, before = tmp_path / "rows.csv", (RESULTS / f"{name}.csv").read_bytes()
+    path.write_bytes(before)
+    measure.append_rows(path, [{"torch": "2.13.0", "b": 65536, "another": 0.123456}])
+    header, *lines = before.decode().splitlines()
+    new_header, *new_lines = path.read_text().splitlines()
+    added = new_header.removeprefix(header)
+    assert set(added.split(",")) <= {"", "b", "another"}
+    assert new_lines[:-1] == [line + "," * added.count(",") for line in lines]
+    last = measure.read_rows(path).iloc[-1]
+    assert (last["torch"], last["b"], last["another"]) == ("2.13.0", "65536", "0.1235")
+
+
+def test_processes_append_to_one_file_and_lose_nothing(tmp_path):
+    path = tmp_path / "rows.csv"
+    code = "import sys, pathlib; from benchmarks.measure import append_rows\n"
+    code += "for i in range(20): append_rows(pathlib.Path(sys.argv[1]), [{'process': sys.argv[2], 'i': i}])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    written = measure.read_rows(path)
+    for name in "ab":
+        assert list(written[written["process"] == name]["i"]) == [str(i) for i in range(20)]
+
+
+def test_rows_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    measure.append_rows(path, [{"a": 1}])
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pandas.DataFrame.to_csv", fail)
+    with pytest.raises(OSError, match="no space"):
+        measure.append_rows(path, [{"a": 2}])
+    assert path.read_text() == "a\n1\n"
 
 
 def test_what_is_wrong_or_fails_is_not_timed(case, capsys):
@@ -67,8 +112,8 @@ def test_what_is_nearer_to_fp64_than_the_textbook_is_timed(case, capsys):
 
 @pytest.mark.parametrize("op", ["relation_scores", "batch_gram", "infosam_terms"])
 def test_the_truth_is_in_fp64_and_of_the_same_inputs(op, monkeypatch):
-    monkeypatch.setattr(kernels, "HEIGHT", 9)
-    case = next(case for case in kernels.map_cases(3, "channels_last", torch.float16, "cpu") if case.op == op)
+    monkeypatch.setattr(cases, "HEIGHT", 9)
+    case = next(case for case in cases.map_cases(3, "channels_last", torch.float16, "cpu") if case.op == op)
     exact = kernels.exact_values(case, "forward+backward")
     runs = kernels.runs_of(case, "forward+backward")
     for value, wanted in zip(runs["reference"](), exact, strict=True):
@@ -96,7 +141,7 @@ def test_where_the_textbook_does_not_fit_the_reference_is_the_measure(case, caps
 
 
 def test_every_operation_has_a_case():
-    of_maps = list(kernels.map_cases(2, "channels_first", torch.float32, "cpu"))
+    of_maps = list(cases.map_cases(2, "channels_first", torch.float32, "cpu"))
     assert [case.op for case in of_maps] == ["relation_scores", "batch_gram", "infosam_terms"]
     assert {"textbook", "textbook compiled", "reference", "triton"} <= set(of_maps[-1].functions)
 
@@ -180,7 +225,9 @@ def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
     assert sum(step.seconds + gpu._SECONDS_TO_END for step in steps) <= 480
     for step in steps:
         if step.command[2] == "benchmarks.kernels":
-            assert kernels.arguments(step.command[3:]).device == "cuda"
+            options = kernels.options_of(step.command[3:])
+            assert options.device == "cuda"
+            assert not options.batches or not options.samples
     selected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", gpu.TESTS]
     found = subprocess.run([*selected, "-k", gpu.CHECKED], capture_output=True, text=True, check=True).stdout
     assert all(f"::{name}[" in found for name in ("test_scores_in_every_layout", "test_teacher_pass_in_every_layout"))
@@ -188,9 +235,23 @@ def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
-        gpu.main()
+        gpu.main(["--out", str(tmp_path / "gpu")])
     assert "a GPU must be there, got none that PyTorch sees" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "gpu"), "--only", "loss", "los"])
+    assert "--only must name steps of ['tests', 'loss'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [kernels, gpu, teachers, grid])
+def test_help_says_what_every_option_does(module):
+    words = {grid: ["benchmarks.segmentation", "run"]}.get(module, [module.__name__])
+    command = [sys.executable, "-W", "error", "-m", *words, "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for field in dataclasses.fields(module.Options):
+        assert f"--{field.name.replace('_', '-')} " in said.replace(",", " ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 import shutil
 import signal
@@ -109,9 +110,7 @@ def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder
     run(folder, tiny_model, tmp_path, "--peft", peft)
     sam = models.load_sam(str(tiny_model), None, None)
     images = data.InstanceDataset(folder, "test", size=sam.image_size)
-    before = finetune.evaluate(
-        sam.model, sam, images, finetune.arguments(["--data", str(folder), "--out", str(tmp_path)])
-    )
+    before = finetune.evaluate(sam.model, sam, images, finetune.Options())
     torch.manual_seed(0)
     model = models.trainable_copy(sam, peft)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -121,8 +120,9 @@ def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder
     assert not unexpected
     assert trainable.isdisjoint(missing)
     rows = metrics(tmp_path)
-    args = finetune.arguments(["--data", str(folder), "--out", str(tmp_path)])
-    assert finetune.evaluate(model, sam, images, args)["iou"] == pytest.approx(float(rows[-1]["iou"]), abs=1e-4)
+    assert finetune.evaluate(model, sam, images, finetune.Options())["iou"] == pytest.approx(
+        float(rows[-1]["iou"]), abs=1e-4
+    )
     assert before["iou"] == pytest.approx(float(rows[0]["iou"]), abs=1e-4)
 
 
@@ -130,21 +130,12 @@ def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder
 @pytest.mark.parametrize("prompt", ["box", "point"])
 def test_models_with_metas_interface_train_too(folder, tiny_model, tmp_path, peft, prompt):
     sam = models.Sam(meta_sam().eval(), models._segment_meta, IMAGE_SIZE, DIM)
-    options = [
-        "--model",
-        str(tiny_model),
-        "--data",
-        str(folder),
-        "--out",
-        str(tmp_path),
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    args = finetune.arguments([*options, "--peft", peft, "--prompt", prompt, "--batch-size", "2", "--prompts", "2"])
+    options = finetune.Options(
+        str(tiny_model), data=folder, out=tmp_path, epochs=1, peft=peft, prompt=prompt, batch_size=2, prompts=2
+    )
+    _, train_images, test_images = finetune.setup(options)
     before = {name: value.clone() for name, value in sam.model.state_dict().items()}
-    model, infosam_loss, rows = finetune.fine_tune(sam, args.train_images, args, with_infosam=True)
+    model, infosam_loss, rows = finetune.fine_tune(sam, train_images, options, with_infosam=True)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["compression"] < 0 for row in rows)
     assert rows[0]["distillation"] != rows[1]["distillation"]
@@ -154,7 +145,7 @@ def test_models_with_metas_interface_train_too(folder, tiny_model, tmp_path, pef
         name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
     }
     assert trained
-    assert 0 <= finetune.evaluate(model, sam, args.test_images, args)["iou"] <= 1
+    assert 0 <= finetune.evaluate(model, sam, test_images, options)["iou"] <= 1
 
 
 def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
@@ -166,14 +157,14 @@ def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
     assert losses("c", "--seed", "1") != losses("a")
 
 
-def test_the_default_model_and_images_ship_with_the_example(tmp_path):
+def test_the_default_model_and_images_ship_with_the_example():
     sam = models.load_sam("mini", None, None)
     train = data.InstanceDataset(finetune.NUCLEI, "train", size=sam.image_size)
     test = data.InstanceDataset(finetune.NUCLEI, "test", size=sam.image_size)
     assert len(train) >= 40
     assert len(test) >= 20
     assert train.empty == test.empty == []
-    zero_shot = finetune.evaluate(sam.model, sam, test, finetune.arguments(["--limit", "1", "--out", str(tmp_path)]))
+    zero_shot = finetune.evaluate(sam.model, sam, test, finetune.Options())
     assert 0.4 < zero_shot["iou"] < 0.9
     listed = {path.name for pair in [*train.pairs, *test.pairs] for path in pair}
     assert listed == {path.name for path in finetune.NUCLEI.glob("*/*")}
@@ -185,14 +176,37 @@ def test_the_default_model_and_images_ship_with_the_example(tmp_path):
 
 def test_the_mini_sam_can_be_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_mini_sam, "HELD_OUT_SCENES", 2)
-    monkeypatch.setattr(
-        sys, "argv", ["pretrain_mini_sam.py", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path)]
-    )
-    pretrain_mini_sam.main()
+    pretrain_mini_sam.main(["--steps", "2", "--batch-size", "1", "--out", str(tmp_path)])
     written, committed = load_file(tmp_path / "model.safetensors"), load_file(models.MINI_SAM / "model.safetensors")
     assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in committed.items()}
     assert all(value.dtype == torch.float16 for value in committed.values() if value.is_floating_point())
     assert models.load_sam(str(tmp_path), None, None).image_size == pretrain_mini_sam.IMAGE_SIZE
+
+
+@pytest.mark.parametrize("module", ["examples.finetune", "examples.pretrain_mini_sam"])
+def test_help_says_what_every_option_does(module):
+    command = [sys.executable, "-W", "error", "-m", module, "--help"]
+    said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
+    options = {finetune.__name__: finetune, pretrain_mini_sam.__name__: pretrain_mini_sam}[module].Options
+    for field in dataclasses.fields(options):
+        assert f"--{field.name.replace('_', '-')} " in said
+    assert "of the optimiser" in said or "order of the entropies" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, got 0; leave it out for 2400"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0; leave it out for 4"),
+        (("--out", __file__), "--out must be a folder, got the file"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_bad_options_of_the_training_end_in_one_sentence(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain_mini_sam.main(["--out", str(tmp_path / "new"), *words])
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # data
@@ -301,7 +315,7 @@ def test_bad_data_ends_in_one_sentence_and_no_files(folder, tiny_model, tmp_path
         (("--alpha", "0"), "alpha must be a number above 0, got 0.0"),
         (("--lr", "-1"), "--lr must be a finite number above 0, got -1.0"),
         (("--device", "abacus"), "abacus"),
-        (("--peft", "magic"), "invalid choice: 'magic'"),
+        (("--peft", "magic"), "invalid choice 'magic' for argument '--peft'"),
         (("--batch-size", "1", "--prompts", "1"), "--batch-size times --prompts must be at least 2 for InfoSAM"),
         (("--seed", "-1"), "--seed must not be negative, got -1"),
         (("--model", "/no/such/model"), "/no/such/model"),

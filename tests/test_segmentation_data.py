@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.segmentation.data import MaskDataset, fixed_points
+from examples.data import InstanceDataset
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 
@@ -91,6 +92,17 @@ def test_preprocessing_is_sams(tmp_path, image_size):
     np.testing.assert_array_equal(item["masks"], in_canvas)
     in_canvas[0, :height, :width] = 1
     np.testing.assert_array_equal(item["inside"], in_canvas)
+
+
+@pytest.mark.parametrize("image_size", [(128, 25), (25, 128), (128, 27), (64, 64)])
+def test_the_example_and_the_comparison_prepare_an_image_alike(tmp_path, image_size):
+    # 25 of 128 pixels are 12.5 of 64.
+    write_pair(tmp_path, "a", size=image_size)
+    Image.new("1", image_size, 1).save(tmp_path / "masks/a.png")
+    write_list(tmp_path, "test", ["a"])
+    compared, example = MaskDataset(tmp_path, "test", size=64)[0], InstanceDataset(tmp_path, "test", size=64)[0]
+    for name in ("pixel_values", "inside", "masks"):
+        assert torch.equal(compared[name], example[name]), name
 
 
 def test_a_grey_image_and_a_mask_with_soft_edges_are_read(folder):
@@ -284,6 +296,10 @@ PAIRS = {
     "sizes differ": (
         lambda f: write_pair(f, "train1", mask_size=(24, 20)),
         r"masks/train1\.png: must have the size of its image train1\.png, got \(24, 20\) and \(48, 40\) .*; scale one",
+    ),
+    "a line": (
+        lambda f: write_pair(f, "train1", size=(65, 2)),
+        r"images/train1\.png: must be half a pixel wide and high or more at 16 px, got \(65, 2\) .*; cut it into",
     ),
     "no foreground": (
         without_foreground,

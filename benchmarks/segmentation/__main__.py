@@ -11,55 +11,77 @@ on where it was.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from benchmarks.segmentation import table as tables_of
-from benchmarks.segmentation.grid import Grid, add_options
+import tyro
+
+from benchmarks.segmentation.grid import Grid
 from benchmarks.segmentation.metrics import METRICS
+from benchmarks.segmentation.options import Options
 from benchmarks.segmentation.rows import read
+from benchmarks.segmentation.table import tables
+
+PROGRAM = "python -m benchmarks.segmentation"
+Metric = Literal[METRICS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Which runs are shown, and what of them.
+
+    Attributes:
+        out: folder of the finished runs.
+        metrics: those of the paper if left out.
+        metric: of the paired differences.
+        against: distiller that the others are compared with.
+
+    """
+
+    out: Path = Path("runs/segmentation")
+    metrics: tuple[Metric, ...] = ()
+    metric: Metric = "iou"
+    against: str = "none"
+
+
+def run(options: Options) -> int:
+    """Do the runs that are not done yet, the most informative first."""
+    return Grid(options).run()
+
+
+def plan(options: Options) -> int:
+    """Say which runs are left, and which of them fit into --minutes."""
+    return Grid(options).plan()
+
+
+def relations(options: Options) -> int:
+    """Train one run with and without L_r, and draw its relations early, midway and late."""
+    return Grid(options).relations()
+
+
+def table(shown: Shown) -> int:
+    """Print what the finished runs come to."""
+    rows = read(shown.out)
+    if not rows:
+        raise ValueError(f"{shown.out} must hold finished runs, got none; make some with the command run")
+    for title, found in tables(rows):
+        print(f"{title}\n\n{found.means(shown.metrics)}\n\n{found.differences(shown.metric, shown.against)}\n")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 1 if a run could not be done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.segmentation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, said in (
-        ("run", "do the runs that are not done yet, the most informative first"),
-        ("plan", "say which runs are left, and which of them fit into --minutes"),
-        ("relations", "train one run with and without L_r, and draw its relations early, midway and late"),
-    ):
-        add_options(commands.add_parser(name, help=said))
-    table = commands.add_parser("table", help="print what the finished runs come to")
-    table.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="folder of the finished runs")
-    table.add_argument("--metrics", nargs="+", choices=METRICS, default=(), help="those of the paper if left out")
-    table.add_argument("--metric", choices=METRICS, default="iou", help="of the paired differences")
-    table.add_argument("--against", default="none", help="distiller that the others are compared with")
-    args = parser.parse_args(argv)
+    commands = {command.__name__: command for command in (run, plan, relations, table)}
     try:
-        if args.command == "table":
-            return print_tables(args)
-        grid = Grid(args)
-        return {"run": grid.run, "plan": grid.plan, "relations": grid.relations}[args.command]()
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog=PROGRAM, description=__doc__, args=argv, config=(tyro.conf.OmitArgPrefixes,)
+        )
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-
-
-def print_tables(args: argparse.Namespace) -> int:
-    """Print all tables of a folder."""
-    rows = read(args.out)
-    if not rows:
-        raise ValueError(f"{args.out} must hold finished runs, got none; make some with the command run")
-    for title, table in tables_of.tables(rows):
-        print(f"{title}\n\n{table.means(args.metrics)}\n\n{table.differences(args.metric, args.against)}\n")
-    return 0
 
 
 if __name__ == "__main__":

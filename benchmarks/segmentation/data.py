@@ -10,12 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.data import PIXEL_MEAN, PIXEL_STD, box_around, decoded, listed_paths, must_exist, point_inside
+from examples.data import box_around, decoded, listed_paths, must_exist, on_canvas, point_inside, prepared_pair
 
 Item = dict[str, Tensor | str]
 Pair = tuple[Path, Path]
@@ -24,7 +23,7 @@ Pair = tuple[Path, Path]
 class MaskDataset(Dataset[Item]):
     """One image with the mask of all its foreground per item, and both kinds of prompt: a batch uses one of them.
 
-    The image is prepared as SAM's own predictor does: the longest side scaled to S, normalised, then padded with zeros
+    The image is prepared by SAM's image processor: the longest side scaled to S, normalised, then padded with zeros
     below and on the right. All files are decoded once at the start, so that a bad one is named before any training.
 
     Items hold ``pixel_values [3, S, S]``; ``masks [1, S, S]``, 0 or 1; ``inside [1, S, S]``, 1 where the image is and 0
@@ -87,13 +86,7 @@ class MaskDataset(Dataset[Item]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Item:
-        image, mask = scaled_pair(self.pairs[index], self.size)
-        height, width = mask.shape
-        pixels = torch.zeros(3, self.size, self.size)
-        pixels[:, :height, :width] = (torch.from_numpy(image).permute(2, 0, 1) - PIXEL_MEAN) / PIXEL_STD
-        masks, inside = torch.zeros(2, 1, self.size, self.size)
-        masks[0, :height, :width] = torch.from_numpy(mask)
-        inside[0, :height, :width] = 1
+        pixels, mask = pair_with_foreground(self.pairs[index], self.size)
         sample_id = Path(os.path.relpath(self.pairs[index][0], self.folder)).as_posix()
         if self.training:
             rng = np.random.default_rng([self.seed, self.epoch, index])
@@ -102,8 +95,8 @@ class MaskDataset(Dataset[Item]):
             box, points = box_around(mask, None), fixed_points(mask, self.n_points, sample_id)
         return {
             "pixel_values": pixels,
-            "masks": masks,
-            "inside": inside,
+            "masks": on_canvas(mask[None], self.size),
+            "inside": on_canvas(np.ones_like(mask[None]), self.size),
             "input_boxes": torch.from_numpy(box)[None],
             "input_points": torch.from_numpy(points)[None],
             "input_labels": torch.ones(1, self.n_points).long(),
@@ -112,7 +105,7 @@ class MaskDataset(Dataset[Item]):
 
     def original_mask(self, index: int) -> NDArray[np.bool_]:
         """Return the mask ``[H, W]`` at the size of its file."""
-        return foreground(decoded(self.pairs[index][1], "L"))
+        return np.asarray(decoded(self.pairs[index][1], "L")) > 127
 
 
 def evenly_spaced(pairs: list[Pair], limit: int | None) -> list[Pair]:
@@ -126,36 +119,21 @@ def fault(pair: Pair, split: str, size: int) -> FileNotFoundError | ValueError |
     try:
         for path in pair:
             must_exist(path, split)
-        scaled_pair(pair, size)
+        pair_with_foreground(pair, size)
     except (FileNotFoundError, ValueError) as error:
         return error
     return None
 
 
-def scaled_pair(pair: Pair, size: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return an image ``[h, w, 3]`` in 0..255 and its mask ``[h, w]``, the longest side scaled to ``size``."""
-    image_path, mask_path = pair
-    image, mask = decoded(image_path, "RGB"), decoded(mask_path, "L")
-    if image.size != mask.size:
+def pair_with_foreground(pair: Pair, size: int) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return an image and its mask as :func:`prepared_pair` does; a mask without foreground is named."""
+    pixels, mask = prepared_pair(*pair, size)
+    if not mask.any():
         raise ValueError(
-            f"{mask_path}: must have the size of its image {image_path.name}, got {mask.size} and {image.size} (width, "
-            "height); scale one of them or remove its row"
-        )
-    scale = size / max(image.size)
-    # Half a pixel is rounded up, as in SAM's ResizeLongestSide; Python's round goes to the even number.
-    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-    scaled_mask = foreground(mask.resize((width, height), Image.Resampling.NEAREST))
-    if not scaled_mask.any():
-        raise ValueError(
-            f"{mask_path}: must have foreground, got no pixel above 127 at {size} px; store foreground as 255, scale "
+            f"{pair[1]}: must have foreground, got no pixel above 127 at {size} px; store foreground as 255, scale "
             "to more pixels, or remove its row"
         )
-    return np.array(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32), scaled_mask
-
-
-def foreground(mask: Image.Image) -> NDArray[np.bool_]:
-    """Return where a grey image is nearer to white."""
-    return np.asarray(mask) > 127
+    return pixels, mask
 
 
 def drawn(pixels: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -15,19 +14,16 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks import measure, peft_methods
-from benchmarks.segmentation import distillers, plan
+from benchmarks import measure
+from benchmarks.segmentation import plan
 from benchmarks.segmentation.data import MaskDataset
+from benchmarks.segmentation.options import EPOCHS, EPOCHS_OF_POINTS, Options
 from benchmarks.segmentation.relations import save_relations
 from benchmarks.segmentation.rows import Row, read, write
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.training import Run
 from examples.models import load_sam
 from renyi_kd.teachers.encoder_cache import fingerprint
-
-# Thin and branching: a box says little of a road.
-FIVE_POINTS = ("aerial_roads",)
-EPOCHS, EPOCHS_OF_POINTS = 10, 20
 
 
 class Data(NamedTuple):
@@ -42,7 +38,7 @@ class Grid:
     """All combinations of a command line's data sets, PEFT methods, distillers and seeds, on one model.
 
     Args:
-        args: options of :func:`add_options`.
+        options: of the command line.
 
     Raises:
         OSError: model or data are not there.
@@ -50,36 +46,38 @@ class Grid:
 
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        _check(args)
-        self.args = args
-        self.device = torch.empty(0, device=args.device).device
-        sam = load_sam(args.model, args.weights, args.image_size)
+    def __init__(self, options: Options) -> None:
+        options.check()
+        self.options = options
+        self.device = torch.empty(0, device=options.device).device
+        sam = load_sam(options.model, options.weights, options.image_size)
         self.sam = sam._replace(model=sam.model.to(self.device))
         self.weights = fingerprint(sam.model)[:8]
-        self.data = {folder.name: self._load(folder, args.train_images, args.test_images) for folder in args.data}
+        self.data = {
+            folder.name: self._load(folder, options.train_images, options.test_images) for folder in options.data
+        }
         for name, data in self.data.items():
             for skipped in (*data.train.skipped, *data.test.skipped):
                 print(f"{name}: left out {skipped}", file=sys.stderr)
         runs = [
             self._settings(name, peft, distiller, seed)
             for name in self.data
-            for peft in args.peft
-            for distiller in args.distiller
-            for seed in range(args.seeds)
+            for peft in options.peft
+            for distiller in options.distiller
+            for seed in range(options.seeds)
         ]
         untrained = [self._settings(name, ZERO_SHOT, "none", 0) for name in self.data]
         self.runs = plan.most_informative_first([*untrained, *runs])
 
     def run(self) -> int:
         """Do what is not done yet; return 1 if a run was skipped."""
-        args, started, failed = self.args, time.perf_counter(), 0
+        options, started, failed = self.options, time.perf_counter(), 0
         todo = self._todo()
-        print(f"{len(self.runs) - len(todo)} of {len(self.runs)} runs were done before, in {args.out}")
+        print(f"{len(self.runs) - len(todo)} of {len(self.runs)} runs were done before, in {options.out}")
         with tqdm(total=sum(self._length(settings) for settings in todo), unit="it", smoothing=0.05) as bar:
             for settings in todo:
                 seconds = self._estimate(settings)
-                if args.minutes and seconds and time.perf_counter() - started + seconds > 60 * args.minutes:
+                if options.minutes and seconds and time.perf_counter() - started + seconds > 60 * options.minutes:
                     bar.write(f"{settings.label}: left for another time, as it should take {seconds / 60:.1f} min")
                     break
                 bar.set_description(settings.label)
@@ -87,13 +85,13 @@ class Grid:
                 try:
                     row = self._ready(settings)(tick=bar.update)
                 except (MemoryError, RuntimeError, ValueError) as error:
-                    if args.on_bad == "stop":
+                    if options.on_bad == "stop":
                         raise RuntimeError(f"{settings.label}: {error}") from error
                     bar.write(f"{settings.label}: skipped: {error}", file=sys.stderr)
                     bar.update(before + self._length(settings) - bar.n)
                     failed = 1
                     continue
-                path = write(args.out, row)
+                path = write(options.out, row)
                 bar.write(f"{settings.label}: IoU {100 * row.mean('iou'):.1f}, {path.name}")
         return failed
 
@@ -103,7 +101,7 @@ class Grid:
         if not todo:
             print("all runs are done")
             return 0
-        minutes = self.args.minutes or math.inf
+        minutes = self.options.minutes or math.inf
         fitting = plan.fitting(todo, lambda settings: self._estimate(settings, measure_if_unknown=True), minutes)
         total = 0.0
         for planned in fitting:
@@ -116,10 +114,10 @@ class Grid:
     def relations(self) -> int:
         """Draw the relations of the first data set, method and seed, with and without L_r."""
         names = {"with L_r": "infosam", "without L_r": "infosam_no_lr"}
-        first = next(iter(self.data)), self.args.peft[0]
+        first = next(iter(self.data)), self.options.peft[0]
         runs = {said: self._ready(self._settings(*first, distiller, 0)) for said, distiller in names.items()}
         with tqdm(total=sum(run.length for run in runs.values()), unit="it", desc=", ".join(first)) as bar:
-            paths = save_relations(runs, self.args.out, bar.update)
+            paths = save_relations(runs, self.options.out, bar.update)
         print(f"written: {', '.join(map(str, paths))}")
         return 0
 
@@ -128,13 +126,13 @@ class Grid:
         return [settings for settings in self.runs if settings not in done]
 
     def _rows(self) -> list[Row]:
-        return read(self.args.out)
+        return read(self.options.out)
 
     def _settings(self, name: str, peft: str, distiller: str, seed: int) -> Settings:
-        args = self.args
-        points = name in args.five_points
+        options = self.options
+        points = name in options.five_points
         return Settings(
-            model=Path(args.model).name,
+            model=Path(options.model).name,
             weights=self.weights,
             data=name,
             lists=self.data[name].lists,
@@ -142,28 +140,28 @@ class Grid:
             distiller=distiller,
             seed=seed,
             image_size=self.sam.image_size,
-            train_images=args.train_images,
-            test_images=args.test_images,
-            epochs=args.epochs or (EPOCHS_OF_POINTS if points else EPOCHS),
-            batch_size=args.batch_size,
-            lr=args.lr,
+            train_images=options.train_images,
+            test_images=options.test_images,
+            epochs=options.epochs or (EPOCHS_OF_POINTS if points else EPOCHS),
+            batch_size=options.batch_size,
+            lr=options.lr,
             prompt="points" if points else "box",
-            amp=args.amp,
+            amp=options.amp,
         )
 
     def _load(self, folder: Path, train_images: int, test_images: int) -> Data:
-        args = self.args
+        options = self.options
         shared = {
             "size": self.sam.image_size,
-            "n_points": 5 if folder.name in args.five_points else 1,
-            "on_bad": args.on_bad,
+            "n_points": 5 if folder.name in options.five_points else 1,
+            "on_bad": options.on_bad,
         }
         train = MaskDataset(folder, "train", limit=train_images or None, **shared)
         test = MaskDataset(folder, "test", limit=test_images or None, **shared)
-        if len(train) < args.batch_size:
+        if len(train) < options.batch_size:
             raise ValueError(
                 f"{folder}: train.csv must list at least a batch of usable images, got {len(train)} for --batch-size "
-                f"{args.batch_size}; lower it"
+                f"{options.batch_size}; lower it"
             )
         text = b"".join((folder / f"{split}.csv").read_bytes() for split in ("train", "test"))
         return Data(train, test, hashlib.blake2b(text, digest_size=4).hexdigest())
@@ -171,7 +169,7 @@ class Grid:
     def _ready(self, settings: Settings, data: Data | None = None) -> Run:
         data = data or self.data[settings.data]
         data.train.seed = settings.seed
-        cache = self.args.cache or self.args.out / "cache"
+        cache = self.options.cache or self.options.out / "cache"
         return Run(
             settings,
             self.sam,
@@ -179,7 +177,7 @@ class Grid:
             data.test,
             cache=cache / f"{settings.model}-{settings.weights}-{settings.image_size}" / settings.data,
             device=self.device,
-            workers=self.args.workers,
+            workers=self.options.workers,
         )
 
     def _n_steps(self, settings: Settings) -> int:
@@ -202,49 +200,8 @@ class Grid:
     @functools.cached_property
     def _measured(self) -> tuple[float, float]:
         """Seconds of a step and of a test image: of three steps and two images of the last run in the order."""
-        args, last = self.args, self.runs[-1]
+        options, last = self.options, self.runs[-1]
         print("no finished run tells how long one takes: three steps are made", file=sys.stderr)
-        folder = next(folder for folder in args.data if folder.name == last.data)
-        row = self._ready(dataclasses.replace(last, epochs=3), self._load(folder, args.batch_size, 2))()
+        folder = next(folder for folder in options.data if folder.name == last.data)
+        row = self._ready(dataclasses.replace(last, epochs=3), self._load(folder, options.batch_size, 2))()
         return row.training_seconds / row.steps, row.evaluation_seconds / len(row.images)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a grid."""
-    add = parser.add_argument
-    add("--model", default="mini", help="mini, mobile_sam, or a SAM of transformers by name or folder")
-    add("--weights", type=Path, help="safetensors file of mobile_sam")
-    add("--data", type=Path, nargs="+", required=True, help="folders with images/, masks/, train.csv, test.csv")
-    add("--peft", nargs="+", choices=peft_methods.METHODS, default=["lora"])
-    add("--distiller", nargs="+", choices=distillers.DISTILLERS, default=["none", "infosam"])
-    add("--seeds", type=int, default=3, help="how many, from 0")
-    add("--epochs", type=int, help=f"{EPOCHS}, and {EPOCHS_OF_POINTS} with five points, if left out")
-    add("--batch-size", type=int, default=4)
-    add("--lr", type=float, default=2e-4, help="peak learning rate")
-    add("--train-images", type=int, default=0, help="use so many, evenly spaced; 0 for all")
-    add("--test-images", type=int, default=0, help="likewise")
-    add("--image-size", type=int, help="side of the square input in pixels; the model's own if left out")
-    add("--five-points", nargs="*", default=FIVE_POINTS, metavar="NAME", help="folders prompted with five points")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--amp", choices=("off", "bf16", "fp16"), default="bf16" if torch.cuda.is_available() else "off")
-    add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="processes that load images")
-    add("--minutes", type=float, help="stop before the run that would not fit into this time")
-    add("--on-bad", choices=("stop", "skip"), default="stop", help="at an unusable image, or a run that cannot be done")
-    add("--out", type=Path, default=Path("runs/segmentation"), help="folder of the finished runs")
-    add("--cache", type=Path, help="folder of the teacher's features; inside --out if left out")
-
-
-def _check(args: argparse.Namespace) -> None:
-    for option in ("seeds", "batch_size", "epochs", "image_size", "minutes"):
-        value = getattr(args, option)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
-    for option in ("train_images", "test_images", "workers"):
-        value = getattr(args, option)
-        if value < 0:
-            raise ValueError(f"--{option.replace('_', '-')} must not be negative, got {value}")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be a finite number above 0, got {args.lr}")
-    names = [folder.name for folder in args.data]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--data must name folders of different names, got {', '.join(names)}; they name the rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +29,6 @@ def check_fits(model: nn.Module, loss_of_one: Callable[[], Tensor], batch_size: 
 
     """
     free = free_bytes(device)
-    if free is None:
-        return
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     needed = MARGIN * batch_size * kept_bytes(loss_of_one, model) + TRAINED_COPIES * trained
     if needed > free:
@@ -56,17 +55,13 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, within the limit of this process's control group; None where unknown."""
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device, within the limit of this process's control group."""
     if device.type == "cuda":
         # What PyTorch keeps of the run before is free as well.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
     return free if limit is None or used is None else min(free, max(0, limit - used))

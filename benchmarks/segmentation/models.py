@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.segmentation.observation import Observation
@@ -111,11 +110,3 @@ def encoder_is_frozen(model: nn.Module) -> bool:
 def takes_embeddings(model: nn.Module) -> bool:
     """Return whether the decoder of the model wants the encoder's last map alone, as that of the first SAM does."""
     return type(model).__name__ in ("Sam", "SamModel")
-
-
-def one_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from benchmarks.segmentation.distillers import InfoSAM
-from benchmarks.segmentation.models import Batch, one_device
+from benchmarks.segmentation.models import Batch
 from benchmarks.segmentation.training import Run, Step, with_prompt
 from examples.data import PIXEL_MEAN, PIXEL_STD
+from examples.devices import on_device
 from examples.files import whole_file
 from renyi_kd.plot import relation_figure
 
@@ -30,7 +31,7 @@ def save_relations(runs: Mapping[str, Run], folder: Path, tick: Callable[[], obj
     """
     found: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
     for name, run in runs.items():
-        batch = one_device(first_images(run), run.device)
+        batch = on_device(first_images(run), run.device)
         moments = {max(0, run.n_steps // 10 - 1): "early", run.n_steps // 2: "midway", run.n_steps - 1: "late"}
 
         def watch(

@@ -49,7 +49,8 @@ def write(folder: Path, row: Row) -> Path:
     """Write a run's file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / row.settings.file_name
-    text = json.dumps(_rounded(dataclasses.asdict(row)), indent=None, separators=(",", ":"))
+    values = json.loads(json.dumps(dataclasses.asdict(row)), parse_float=_five_digits)
+    text = json.dumps(values, separators=(",", ":"))
     with whole_file(path) as temporary:
         temporary.write_text(text + "\n")
     return path
@@ -76,10 +77,6 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-def _rounded(value: Any) -> Any:
-    """Return the value with five digits to a number, which is far finer than any difference of interest."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+def _five_digits(number: str) -> float:
+    """Return a number of a JSON file, far finer than any difference of interest."""
+    return float(f"{float(number):.5g}")

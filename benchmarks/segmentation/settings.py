@@ -7,6 +7,8 @@ import hashlib
 import json
 from typing import Literal
 
+from examples.devices import Amp
+
 # PEFT in place of training: the pre-trained model as it is.
 ZERO_SHOT = "zero_shot"
 Prompt = Literal["box", "points"]
@@ -53,7 +55,7 @@ class Settings:
     batch_size: int = 4
     lr: float = 2e-4
     prompt: Prompt = "box"
-    amp: str = "off"
+    amp: Amp = "off"
 
     @property
     def label(self) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterator, Sequence
 
+import pandas
+
 from benchmarks import peft_methods
+from benchmarks.markdown import markdown
 from benchmarks.segmentation import distillers
 from benchmarks.segmentation.rows import Row
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
@@ -25,7 +27,7 @@ NAMES = {
     "dice": "Dice",
     "iou": "IoU",
 }
-Method = tuple[str, str]
+METHOD = ("peft", "distiller")
 
 
 class Table:
@@ -34,18 +36,27 @@ class Table:
     Args:
         rows: of equal ``settings.recipe``, but for those of the untrained model.
 
+    Attributes:
+        columns: the recipe on each of its data sets.
+        scores: every metric of every image, by method, place in ``columns``, seed and image.
+
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.runs: dict[tuple[Settings, Method], dict[int, Row]] = {}
-        for row in rows:
-            settings = row.settings
-            self.runs.setdefault((_column(settings), _method(settings)), {})[settings.seed] = row
-        order = {name: i for i, name in enumerate((ZERO_SHOT, *peft_methods.METHODS, *distillers.DISTILLERS))}
-        found = {method for _, method in self.runs}
-        self.methods = sorted(found, key=lambda method: [order.get(name, len(order)) for name in method])
-        columns = {column for column, (peft, _) in self.runs if peft != ZERO_SHOT}
-        self.columns = sorted(columns, key=lambda column: (column.data, column.epochs))
+        trained = {_column(row.settings) for row in rows if row.settings.peft != ZERO_SHOT}
+        self.columns = sorted(trained, key=lambda column: (column.data, column.epochs))
+        scores = pandas.concat(
+            [
+                pandas.DataFrame({"image": row.images, **row.metrics}).assign(
+                    peft=row.settings.peft, distiller=row.settings.distiller, column=place, seed=row.settings.seed
+                )
+                for row in rows
+                for place, column in enumerate(self.columns)
+                if _is_in(row.settings, column)
+            ]
+        ).set_index([*METHOD, "column", "seed", "image"])
+        # Of runs of the untrained model that differ in nothing that it depends on, one.
+        self.scores = scores[~scores.index.duplicated(keep="last")]
 
     def means(self, metrics: Sequence[str] = ()) -> str:
         """Return mean and standard deviation over seeds of every method, as Markdown, in percent.
@@ -54,55 +65,42 @@ class Table:
             metrics: names of ``metrics.METRICS``; none for those of each data set in the paper.
 
         """
+        seeds = 100 * self.scores.groupby([*METHOD, "column", "seed"]).mean()
+        shown = seeds.groupby([*METHOD, "column"]).agg(_mean_and_deviation).unstack("column", fill_value="")
         cells = [
-            (column, metric)
-            for column in self.columns
+            (metric, place)
+            for place, column in enumerate(self.columns)
             for metric in metrics or METRICS_OF.get(column.data, OTHER_METRICS)
         ]
-        titles = [f"{column.data} {NAMES[metric]}" for column, metric in cells]
-        lines = [f"| PEFT | distiller | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
-        for method in self.methods:
-            values = [_mean_and_deviation(self._seeds(column, method), metric) for column, metric in cells]
-            lines.append(f"| {_shown(method)} | {' | '.join(values)} |")
-        return "\n".join(lines)
+        titles = [f"{self.columns[place].data} {NAMES[metric]}" for metric, place in cells]
+        return markdown(_titled(shown.loc[self._methods(), cells].set_axis(titles, axis=1)))
 
     def differences(self, metric: str, against: str = "none") -> str:
         """Return every distiller's paired difference from another with its confidence interval, as Markdown.
 
-        Only seeds that both have count. In percent points, 95 %.
+        Only seeds and images that both have count. In percent points, 95 %.
         """
-        lines = [
-            f"| PEFT | {NAMES[metric]} less that of {against} | {' | '.join(c.data for c in self.columns)} |",
-            "|---" * (len(self.columns) + 2) + "|",
+        compared = [(peft, name) for peft, name in self._methods() if peft != ZERO_SHOT and name != against]
+        cells = [
+            [
+                _difference(*(self._values(peft, distiller, place, metric) for distiller in (name, against)))
+                for place in range(len(self.columns))
+            ]
+            for peft, name in compared
         ]
-        for peft, distiller in self.methods:
-            if peft != ZERO_SHOT and distiller != against:
-                cells = [self._difference(column, peft, distiller, against, metric) for column in self.columns]
-                lines.append(f"| {_shown((peft, distiller))} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        index = pandas.MultiIndex.from_tuples(compared, names=METHOD)
+        table = pandas.DataFrame(cells, index, [column.data for column in self.columns])
+        return markdown(_titled(table, f"{NAMES[metric]} less that of {against}"))
 
-    def _difference(self, column: Settings, peft: str, distiller: str, against: str, metric: str) -> str:
-        method, baseline = (self._seeds(column, (peft, name)) for name in (distiller, against))
-        seeds = sorted(method.keys() & baseline.keys())
-        # The same list of the same files, of which a run may have skipped some.
-        images = [name for name in _images(method, seeds) if name in set(_images(baseline, seeds))]
-        if not seeds or len(images) * len(seeds) < 2:
-            return ""
-        both = ([_values(runs[seed], metric, images) for seed in seeds] for runs in (method, baseline))
-        found = paired_difference(*both)
-        interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-        one = ", one seed" if found.n_seeds == 1 else f", {found.n_seeds} seeds"
-        return f"{100 * found.mean:+.2f} {interval}{one}"
+    def _methods(self) -> list[tuple[str, str]]:
+        order = {name: i for i, name in enumerate((ZERO_SHOT, *peft_methods.METHODS, *distillers.DISTILLERS))}
+        found = set(self.scores.index.droplevel(["column", "seed", "image"]))
+        return sorted(found, key=lambda method: [order.get(name, len(order)) for name in method])
 
-    def _seeds(self, column: Settings, method: Method) -> dict[int, Row]:
-        if method[0] == ZERO_SHOT:
-            return {
-                seed: row
-                for (other, (peft, _)), runs in self.runs.items()
-                if peft == ZERO_SHOT and other.test == column.test
-                for seed, row in runs.items()
-            }
-        return self.runs.get((column, method), {})
+    def _values(self, peft: str, distiller: str, place: int, metric: str) -> pandas.DataFrame:
+        """Return a metric of a method, seeds by images."""
+        chosen = self.scores.query("peft == @peft and distiller == @distiller and column == @place")
+        return chosen[metric].droplevel([*METHOD, "column"]).unstack("image")
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, Table]]:
@@ -132,27 +130,30 @@ def _column(settings: Settings) -> Settings:
     return dataclasses.replace(settings, peft="", distiller="", seed=0)
 
 
-def _method(settings: Settings) -> Method:
-    return settings.peft, settings.distiller
+def _is_in(settings: Settings, column: Settings) -> bool:
+    """Return whether a run belongs to a column; that of the untrained model to each with its test."""
+    return settings.test == column.test if settings.peft == ZERO_SHOT else _column(settings) == column
 
 
-def _shown(method: Method) -> str:
-    peft, distiller = method
-    return f"{peft.replace('_', '-')} | {'' if peft == ZERO_SHOT else distiller}"
+def _titled(table: pandas.DataFrame, distiller: str = "distiller") -> pandas.DataFrame:
+    """Return the table with its methods as readers know them."""
+    methods = [(peft.replace("_", "-"), "" if peft == ZERO_SHOT else name) for peft, name in table.index]
+    return table.set_axis(pandas.MultiIndex.from_tuples(methods, names=("PEFT", distiller)))
 
 
-def _mean_and_deviation(runs: dict[int, Row], metric: str) -> str:
-    means = [100 * row.mean(metric) for row in runs.values()]
-    if not means:
+def _mean_and_deviation(seeds: pandas.Series) -> str:
+    return f"{seeds.mean():.1f}" + (f" ± {seeds.std():.1f}" if len(seeds) > 1 else "")
+
+
+def _difference(method: pandas.DataFrame, baseline: pandas.DataFrame) -> str:
+    """Return the paired difference of values ``[seeds, images]``; nothing of fewer than two pairs."""
+    method, baseline = method.align(baseline, join="inner")
+    # The same list of the same files, of which a run may have skipped some.
+    in_all = (method.notna() & baseline.notna()).all()
+    method, baseline = method.loc[:, in_all], baseline.loc[:, in_all]
+    if method.size < 2:
         return ""
-    return f"{statistics.mean(means):.1f}" + (f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else "")
-
-
-def _images(runs: dict[int, Row], seeds: Sequence[int]) -> list[str]:
-    common = set.intersection(*(set(runs[seed].images) for seed in seeds)) if seeds else set()
-    return sorted(common)
-
-
-def _values(row: Row, metric: str, images: Sequence[str]) -> list[float]:
-    values = dict(zip(row.images, row.metrics[metric], strict=True))
-    return [values[name] for name in images]
+    found = paired_difference(method, baseline)
+    interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    seeds = "one seed" if found.n_seeds == 1 else f"{found.n_seeds} seeds"
+    return f"{100 * found.mean:+.2f} {interval}, {seeds}"

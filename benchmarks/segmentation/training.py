@@ -19,10 +19,11 @@ from benchmarks.segmentation import distillers
 from benchmarks.segmentation.data import MaskDataset
 from benchmarks.segmentation.memory import check_fits
 from benchmarks.segmentation.metrics import METRICS, image_metrics
-from benchmarks.segmentation.models import Batch, Watched, encoder_is_frozen, one_device, takes_embeddings
+from benchmarks.segmentation.models import Batch, Watched, encoder_is_frozen, takes_embeddings
 from benchmarks.segmentation.rows import Row
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.task_loss import structure_loss
+from examples.devices import autocast, on_device
 from examples.models import Sam
 
 
@@ -141,7 +142,7 @@ class Run:
         """Return task loss and distiller's loss of a batch on the device."""
         settings = self.settings
         distilled = settings.distiller != "none"
-        with self._autocast():
+        with autocast(self.device, self.settings.amp):
             seen_by_teacher = self.teacher.observe(batch) if distilled or self.frozen else None
             if self.frozen:
                 batch = {**batch, "image_embeddings": seen_by_teacher.features.image_features}
@@ -165,7 +166,7 @@ class Run:
             self.train.epoch = epoch
             said: list[dict[str, Tensor]] = []
             for batch in self.loader:
-                batch = one_device(with_one_prompt(batch, settings, index), self.device)
+                batch = on_device(with_one_prompt(batch, settings, index), self.device)
                 task, distilled = self.losses(batch)
                 loss = task + distilled
                 optimizer.zero_grad()
@@ -191,8 +192,8 @@ class Run:
         images: list[str] = []
         metrics: dict[str, list[float]] = {name: [] for name in METRICS}
         for index, item in enumerate(DataLoader(self.test)):
-            batch = one_device(with_prompt(item, self.settings.prompt), self.device)
-            with self._autocast():
+            batch = on_device(with_prompt(item, self.settings.prompt), self.device)
+            with autocast(self.device, self.settings.amp):
                 if self.frozen:
                     features = self.teacher.observe(batch).features
                     batch = {**batch, "image_embeddings": features.image_features}
@@ -208,22 +209,18 @@ class Run:
     def _make_distiller(self, with_layers: bool) -> distillers.Distiller:
         channels: list[int] = []
         if with_layers:
-            one = one_device(next(iter(DataLoader(self.train))), self.device)
+            one = on_device(next(iter(DataLoader(self.train))), self.device)
             seen = self.teacher.observe(with_prompt(one, self.settings.prompt))
             channels = [layer.shape[1] for layer in seen.layers]
         distiller = distillers.make(self.settings.distiller, dim=self.sam.dim, layer_channels=channels)
         return distiller.to(self.device)
 
     def _loss_of_one(self) -> Tensor:
-        one = one_device(with_prompt(next(iter(DataLoader(self.train))), self.settings.prompt), self.device)
-        with self._autocast():
+        one = on_device(with_prompt(next(iter(DataLoader(self.train))), self.settings.prompt), self.device)
+        with autocast(self.device, self.settings.amp):
             if self.frozen:
                 one = {**one, "image_embeddings": self.teacher.observe(one).features.image_features}
             return structure_loss(self.student(one), one["masks"], one["inside"])
-
-    def _autocast(self) -> torch.autocast:
-        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.amp]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
 def with_prompt(batch: Batch, prompt: str) -> Batch:

@@ -10,9 +10,6 @@ from torch import Tensor, distributed
 
 from renyi_kd.samples.samples import Samples, images_of_parts
 
-# By their place in the header, which is of numbers.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def n_processes() -> int:
     """Return how many processes train together: 1 where no process group was set up."""
@@ -34,27 +31,23 @@ def gather_samples(function: str, own: Samples) -> Samples:
         ValueError: in every process, if shapes, dtypes or gradient modes differ, or a process has called
             :func:`announce_refusal` instead.
 
-    Cost: one exchange of sizes, for which the host waits, a second where an image has not one sample; then one each for
-    maps, tokens and scores. Extra memory: the teacher's maps of all processes, twice where their numbers differ.
+    Cost: one exchange of sizes and image indices, then one each for maps, tokens and scores. The first is PyTorch's
+    exchange of objects: two small messages, for which the host waits. Where NCCL is the only backend it waits until the
+    device has done what is queued, and then for a few short copies per process; with one for the CPU
+    ("cpu:gloo,cuda:nccl") it waits for the other processes alone. Extra memory: the teacher's maps of all processes,
+    twice where their numbers differ.
 
     """
-    device = own.image_features.device
-    headers = _gather_headers(_header(own), device)
-    _check_alike(function, headers)
+    headers = _gather_headers(function, _header(own), own.image_features.device)
     n_images = [header.n_images for header in headers]
     n_samples = [header.n_samples for header in headers]
-    images: list[list[int] | None] = [None] * len(headers)
-    if any(header.has_index for header in headers):
-        index = torch.tensor(range(len(own.mask_tokens)) if own.images is None else own.images, device=device)
-        of_all = _gather(index, n_samples).cpu()
-        images = [of_process.tolist() for of_process in torch.split(of_all, n_samples)]
     # Both relations in one exchange.
-    scores: Tensor = _OfAll.apply(  # type: ignore[no-untyped-call]
+    scores: Tensor = _DifferentiableGather.apply(  # type: ignore[no-untyped-call]
         torch.stack([own.teacher_scores, own.student_scores], 1), n_samples
     )
     return Samples(
         _gather(own.image_features, n_images),
-        images_of_parts(images, n_images),
+        images_of_parts([header.images for header in headers], n_images),
         _gather(own.mask_tokens, n_samples),
         *scores.unbind(1),
     )
@@ -62,70 +55,65 @@ def gather_samples(function: str, own: Samples) -> Samples:
 
 def announce_refusal(device: torch.device) -> None:
     """Let the other processes' :func:`gather_samples` raise: this one has no samples for it, and raises itself."""
-    _gather_headers(_Header._make([0] * len(_Header._fields)), device)
+    _exchange(None, device)
 
 
 class _Header(NamedTuple):
-    """What the processes tell one another of their samples; without images, that there is none of them."""
+    """What the processes tell one another of their samples.
+
+    Attributes:
+        n_images: of this process.
+        n_samples: likewise.
+        images: the image of each sample; None when sample i belongs to image i.
+        kind: what must be the same in all processes, in words.
+
+    """
 
     n_images: int
     n_samples: int
-    has_index: int
-    with_gradient: int
-    n_channels: int
-    height: int
-    width: int
-    n_tokens: int
-    map_dtype: int
-    token_dtype: int
-    score_dtype: int
-
-    def kind(self) -> str:
-        """Return what must be the same in all processes."""
-        dtypes = (_DTYPES[number] for number in (self.map_dtype, self.token_dtype, self.score_dtype))
-        return (
-            f"maps [{self.n_channels}, {self.height}, {self.width}], {self.n_tokens} tokens, "
-            f"{', '.join(map(str, dtypes))}, {'with' if self.with_gradient else 'without'} gradient"
-        )
+    images: Sequence[int] | None
+    kind: str
 
 
 def _header(own: Samples) -> _Header:
-    n_images, n_channels, height, width = own.image_features.shape
-    n_samples, n_tokens, _ = own.mask_tokens.shape
+    maps, tokens = own.image_features, own.mask_tokens
+    dtypes = ", ".join(str(value.dtype) for value in (maps, tokens, own.teacher_scores))
+    gradient = "with" if torch.is_grad_enabled() else "without"
     return _Header(
-        n_images,
-        n_samples,
-        own.images is not None,
-        torch.is_grad_enabled(),
-        n_channels,
-        height,
-        width,
-        n_tokens,
-        map_dtype=_DTYPES.index(own.image_features.dtype),
-        token_dtype=_DTYPES.index(own.mask_tokens.dtype),
-        score_dtype=_DTYPES.index(own.teacher_scores.dtype),
+        len(maps),
+        len(tokens),
+        own.images,
+        kind=f"maps {list(maps.shape[1:])}, {tokens.shape[1]} tokens, {dtypes}, {gradient} gradient",
     )
 
 
-def _gather_headers(own: _Header, device: torch.device) -> list[_Header]:
-    rows = _gather(torch.tensor([own], device=device), [1] * n_processes())
-    return [_Header._make(row) for row in rows.tolist()]
-
-
-def _check_alike(function: str, headers: Sequence[_Header]) -> None:
-    refused = [rank for rank, header in enumerate(headers) if not header.n_images]
-    if refused:
-        raise ValueError(
-            f"{function}: every process must have features that fit under global_batch, got none of process "
-            f"{refused[0]}; see the error that it raised"
-        )
+def _gather_headers(function: str, own: _Header, device: torch.device) -> list[_Header]:
+    """Return the headers of all processes, which must be alike."""
+    headers = []
+    for rank, header in enumerate(_exchange(own, device)):
+        if header is None:
+            raise ValueError(
+                f"{function}: every process must have features that fit under global_batch, got none of process "
+                f"{rank}; see the error that it raised"
+            )
+        headers.append(header)
     for rank, header in enumerate(headers):
-        if header.kind() != headers[0].kind():
+        if header.kind != headers[0].kind:
             raise ValueError(
                 f"{function}: features must be of one kind in all processes under global_batch, got "
-                f"{headers[0].kind()} in process 0 and {header.kind()} in process {rank}; use one image size, one "
+                f"{headers[0].kind} in process 0 and {header.kind} in process {rank}; use one image size, one "
                 "token=, one autocast, and gradients in all or in none"
             )
+    return headers
+
+
+def _exchange(own: _Header | None, device: torch.device) -> list[_Header | None]:
+    """Return what every process has sent; None is that of a process without samples."""
+    headers: list[_Header | None] = [None] * n_processes()
+    # NCCL takes the current device, which need not be that of the features.
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        distributed.all_gather_object(headers, own)
+    return headers
 
 
 def _gather(own: Tensor, counts: Sequence[int]) -> Tensor:
@@ -143,7 +131,7 @@ def _gather(own: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([rows[:n] for rows, n in zip(received, counts, strict=True)])
 
 
-class _OfAll(torch.autograd.Function):
+class _DifferentiableGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: Sequence[int]) -> Tensor:
         first = sum(counts[: distributed.get_rank()])
