@@ -136,7 +136,8 @@ def images_of_pair(
             f"{function}: the batch must hold at least two samples (image, prompt), got 1: the loss and its "
             "gradient would be zero; use a larger batch, several prompts per image, global_batch=True in several "
             "processes, InfoSAMLoss(bank_size=...), or run the student through its tap on several batches before the "
-            "loss"
+            "loss; where the last batch of an epoch is one image, drop_last=True of the DataLoader "
+            "(dataloader_drop_last of transformers' Trainer)"
         )
     if torch.is_grad_enabled() and not (student.image_features.requires_grad or student.mask_tokens.requires_grad):
         raise ValueError(

@@ -171,9 +171,8 @@ class _Hook:
         self._react = react
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        # What a compiler traces is no step; and it cannot trace this, which asks for the state of autograd.
         if torch.compiler.is_compiling():
-            torch.compiler.disable(self._respond, reason=_WHY_NOT_TRACED)(module, args, kwargs, *output)  # type: ignore[no-untyped-call]
+            _respond_uncompiled(self, module, args, kwargs, *output)
         else:
             self._respond(module, args, kwargs, *output)
 
@@ -194,9 +193,16 @@ class _Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
-_WHY_NOT_TRACED = (
+def _respond_uncompiled(hook: _Hook, *call: Any) -> None:
+    """Let a hook react in a compiled model: neither it nor anything in it can be traced."""
+    torch.compiler.disable(hook._respond)(*call)  # type: ignore[no-untyped-call]
+
+
+# What torch.compiler.disable sets, which at this place would import the compiler. The reason is what fullgraph=True says.
+_respond_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+_respond_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
     "tap: a model with a tap must be compiled without fullgraph=True, as hooks cannot be traced; leave it out, or "
-    "compile the parts that have no hooks: the layers of the image encoder"
+    "compile the parts that have no hooks, such as the layers of the image encoder"
 )
 
 

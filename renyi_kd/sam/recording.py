@@ -41,6 +41,7 @@ class DecoderCall:
         with_gradient: whether it counts.
         layout: how many images and prompts it was told to have, ``(b, p)``, by the shape of its prompts; or None.
         groups: its mask tokens by number; more than one group where it loops.
+        images: what reached the image encoder for it.
         prompts: what reached the prompt encoder for it.
 
     """
@@ -50,6 +51,7 @@ class DecoderCall:
     with_gradient: bool
     layout: tuple[int, int] | None = None
     groups: list[dict[int, _Held]] = field(default_factory=list)
+    images: list[Seen] = field(default_factory=list)
     prompts: list[Seen] = field(default_factory=list)
 
 
@@ -100,7 +102,6 @@ class Recording:
         self.ran_in_threads = False
         self.encoder_lost_gradient = False
         self.ran_without_decoder = False
-        self._images: list[Seen] = []
         self._waiting_images: list[Seen] = []
         self._waiting_prompts: list[Seen] = []
         self._open: DecoderCall | None = None
@@ -118,10 +119,10 @@ class Recording:
         """Begin a run of the model, or of a function that runs it, on a batch."""
         self._begin(Call(batch=snapshot(batch)))
 
-    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a call of the whole model, by the loop or within a run."""
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Begin a call of the whole model, by the loop or within a run; ``names`` are those that args may have."""
         around = self._under_way[-1].call.batch if self._under_way else None
-        self._begin(Call(around, snapshot((args, kwargs))))
+        self._begin(Call(around, snapshot((args, kwargs)), names))
 
     def end_run(self) -> None:
         """End a run or a call; later tokens belong to no image features that were last seen in it."""
@@ -205,8 +206,7 @@ class Recording:
         call = self._open
         if call is None or not call.groups:
             return
-        call.prompts = self._waiting_prompts
-        self._images += self._waiting_images
+        call.images, call.prompts = self._waiting_images, self._waiting_prompts
         self._waiting_images, self._waiting_prompts = [], []
         self.calls.append(call)
         if len(self.calls) == _MANY_CALLS and not self.observing:
@@ -230,8 +230,16 @@ class Recording:
     def inputs(self) -> Inputs:
         """Return what reached the encoders for the calls that count."""
         counted = [call for call in self.calls if call.with_gradient]
+        images: list[Seen] = []
+        earlier: list[Seen] = []
+        for call in self.calls:
+            # Of a pass that does not count, only what the next one decodes again.
+            earlier = call.images or earlier
+            if call.with_gradient:
+                images += earlier
+                earlier = []
         return Inputs(
-            tuple(self._images),
+            tuple(images),
             tuple(each for call in counted for each in call.prompts),
             frozenset(storage for call in counted if (storage := storage_of(call.image.value)) is not None),
             tuple(call.with_gradient for call in self.calls),
@@ -325,7 +333,7 @@ class Recording:
         self._under_way.append(before)
 
     def _n_images(self) -> int:
-        return len(self._images) + len(self._waiting_images)
+        return sum(len(call.images) for call in self.calls) + len(self._waiting_images)
 
     def _drop_differentiated(self) -> None:
         """Forget calls that a backward pass has used already."""
@@ -367,7 +375,7 @@ def _images(tokens: Tensor, n_images: int, layout: tuple[int, int] | None) -> Te
     """Return the image of each sample of tokens ``[s, d]`` or ``[b, p, d]``, by what the shapes say of it."""
     shape = tokens.shape[:-1]
     n_samples = shape.numel()
-    if n_images == 1:
+    if n_images == 1 or n_samples == 0:
         return torch.zeros(n_samples, dtype=torch.int64)
     if len(shape) == 2 and shape[0] == n_images:
         return torch.arange(n_images).repeat_interleave(shape[1])

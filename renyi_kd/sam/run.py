@@ -99,6 +99,13 @@ def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     }
 
 
+def positional_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what the forward takes by position; ``*`` stands for any more."""
+    kinds = {"POSITIONAL_ONLY": "{}", "POSITIONAL_OR_KEYWORD": "{}", "VAR_POSITIONAL": "*"}
+    parameters = inspect.signature(unwrapped(model).forward).parameters.items()
+    return tuple(kinds[each.kind.name].format(name) for name, each in parameters if each.kind.name in kinds)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that pass on all that they are given: DDP, FSDP, compile, peft, checkpoint."""
     for kind in type(model).__mro__:
@@ -192,7 +199,7 @@ def _run_again(model: nn.Module, ran: Call, step: Step) -> Callable[[], Any]:
     """Return a function that makes the student's call with this model."""
     if ran.own_embeddings:
         return _run_with_images(model, ran, step.given)
-    if ran.arguments is not None and _takes(model, ran.args, ran.kwargs):
+    if ran.arguments is not None and _takes(model, ran):
         return lambda: model(*ran.args, **ran.kwargs)
     if ran.batch is not None:
         return lambda: run_model(model, ran.batch.value if ran.batch is not None else None)
@@ -209,8 +216,7 @@ def _run_with_images(model: nn.Module, ran: Call, given: Any) -> Callable[[], An
     if given is not None and not isinstance(given, Mapping):
         return lambda: run_model(model, given)
     names = list(inspect.signature(unwrapped(model).forward).parameters)
-    arguments = {**dict(zip(names, ran.args, strict=False)), **ran.kwargs}
-    kept = {name: value for name, value in arguments.items() if "embedding" not in name and value is not None}
+    kept = {name: value for name, value in ran.named().items() if "embedding" not in name and value is not None}
     images = {
         name: value
         for name, value in (given or {}).items()
@@ -225,9 +231,12 @@ def _run_with_images(model: nn.Module, ran: Call, given: Any) -> Callable[[], An
     return lambda: model(**kept, **images)
 
 
-def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _takes(model: nn.Module, ran: Call) -> bool:
+    """Return whether the forward takes a call, what was passed by position under the same names."""
+    if positional_names(model)[: len(ran.args)] != ran.names[: len(ran.args)]:
+        return False
     try:
-        inspect.signature(unwrapped(model).forward).bind(*args, **kwargs)
+        inspect.signature(unwrapped(model).forward).bind(*ran.args, **ran.kwargs)
     except TypeError:
         return False
     return True

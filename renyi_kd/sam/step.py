@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from renyi_kd.sam.inputs import Comparison, Inputs
@@ -15,6 +14,7 @@ class Call(NamedTuple):
     Attributes:
         batch: what the tap was given to run the model on; None where the loop called the model itself.
         arguments: the arguments ``(args, kwargs)`` of the model's own call; None where only its parts were called.
+        names: the arguments that the student's forward takes by position.
         own_embeddings: whether the model was called with image features that its own image encoder had computed.
         encoded: whether its image encoder ran in it.
 
@@ -22,18 +22,23 @@ class Call(NamedTuple):
 
     batch: Snapshot | None = None
     arguments: Snapshot | None = None
+    names: tuple[str, ...] = ()
     own_embeddings: bool = False
     encoded: bool = False
 
-    def is_of_another(self, given: Any, names: Sequence[str]) -> bool:
+    def is_of_another(self, given: Any) -> bool:
         """Return whether something shows the call to be of another batch, or its tensors were written to since."""
         if self.batch is not None:
             return differ(given, self.batch.value) or self.batch.changed()
         if self.arguments is None:
             return False
-        named = {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+        named = self.named()
         alone = next(iter(named.values())) if len(named) == 1 else None
         return differ(given, named) or (alone is not None and differ(given, alone)) or self.arguments.changed()
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by name, as far as the student's forward names them."""
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -65,15 +70,9 @@ class Step(NamedTuple):
     seen: Inputs | None = None
     comparison: Comparison | None = None
 
-    def ran_on(self, given: Any, names: Sequence[str]) -> bool:
-        """Return whether nothing speaks against all calls being of the given batch.
-
-        Args:
-            given: the batch that the loss was given.
-            names: the arguments of the student's forward.
-
-        """
-        if any(call.is_of_another(given, names) for call in self.ran):
+    def ran_on(self, given: Any) -> bool:
+        """Return whether nothing speaks against all calls being of the given batch."""
+        if any(call.is_of_another(given) for call in self.ran):
             return False
         sources: list[Any] = [call for call in self.ran if call.encoded]
         if not self.ran and self.seen is not None:

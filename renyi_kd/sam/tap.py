@@ -18,7 +18,7 @@ from renyi_kd.sam.module_paths import Place, plain
 from renyi_kd.sam.parts import FAMILIES, Decoder, find_decoders, why_unsupported
 from renyi_kd.sam.recording import Recording
 from renyi_kd.sam.replay import replaying_prompts
-from renyi_kd.sam.run import CallFunction, evaluating, forward_parameters, named_errors, run_model, runs_of_step
+from renyi_kd.sam.run import CallFunction, evaluating, named_errors, positional_names, run_model, runs_of_step
 from renyi_kd.sam.step import Step
 
 
@@ -181,7 +181,7 @@ class Tap:
                 raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
             self._run(batch)
         step = Step(batch, tuple(self.recording.runs), self.recording.inputs())
-        if batch is not None and not step.ran_on(batch, list(forward_parameters(self.model))):
+        if batch is not None and not step.ran_on(batch):
             count = len(step.ran)
             self.clear()
             raise RuntimeError(
@@ -281,7 +281,7 @@ class Tap:
 
     def _begin_forward(self, args: Any, kwargs: Any) -> None:
         self._error_before = sys.exc_info()[1]
-        self.recording.begin_forward(args, kwargs)
+        self.recording.begin_forward(args, kwargs, positional_names(self.model))
 
     def _end_forward(self, output: Any) -> None:
         self.recording.end_run()
