@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import textbook
-from renyi_kd import RelationModule, SAMFeatures, infosam_terms
+from renyi_kd import Linear, RelationModule, SAMFeatures, infosam_terms
 from renyi_kd.ops.batch_gram import batch_gram
-from renyi_kd.ops.gram_moment import SampleKernel, gram_moment
+from renyi_kd.ops.gram_moment import gram_moment
 from renyi_kd.ops.relation_scores import relation_scores
 
 DIM, HEIGHT, WIDTH = 256, 64, 64
-LINEAR = SampleKernel("linear")
 
 
 class Sizes(NamedTuple):
@@ -152,7 +151,7 @@ def moment_case(n: int, dtype: torch.dtype, device: str, *, wide: bool = False) 
         return squares.sum()
 
     def package(*features: Tensor, impl: str) -> Tensor:
-        return gram_moment(features, [LINEAR] * len(features), impl=impl)
+        return gram_moment(features, [Linear()] * len(features), impl=impl)
 
     functions = {"textbook": of_grams, "textbook compiled": compiled(of_grams)}
     functions |= {impl: partial(package, impl=impl) for impl in ("reference", "triton")}

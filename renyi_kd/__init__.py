@@ -2,9 +2,9 @@
 
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
-from renyi_kd.feature_entropy import mutual_information_of, renyi_entropy_of
+from renyi_kd.feature_entropy import feature_entropy, feature_mutual_information
 from renyi_kd.functional import infosam_terms
-from renyi_kd.gram import gram_matrix
+from renyi_kd.gram import RBF, Linear, Polynomial, gram_matrix
 from renyi_kd.loss import InfoSAMLoss
 from renyi_kd.objective import InfoSAMTerms, Objective
 from renyi_kd.ops.dispatch import Implementation, implementation
@@ -19,13 +19,16 @@ from renyi_kd.teachers.teacher import Teacher
 __version__ = "0.1.0"
 
 __all__ = [
+    "RBF",
     "AdapterDisabled",
     "CachedTeacher",
     "Call",
     "Implementation",
     "InfoSAMLoss",
     "InfoSAMTerms",
+    "Linear",
     "Objective",
+    "Polynomial",
     "RelationDiagnostics",
     "RelationModule",
     "SAMFeatures",
@@ -33,13 +36,13 @@ __all__ = [
     "Tap",
     "Teacher",
     "conditional_entropy",
+    "feature_entropy",
+    "feature_mutual_information",
     "gram_matrix",
     "implementation",
     "infosam_terms",
     "joint_entropy",
     "mutual_information",
-    "mutual_information_of",
     "renyi_entropy",
-    "renyi_entropy_of",
     "tap",
 ]

@@ -3,54 +3,142 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kernel = Literal["linear", "rbf", "polynomial"] | Callable[[Tensor], Tensor]
+KernelName = Literal["linear", "rbf", "polynomial"]
 
 
-def gram_matrix(
-    features: Tensor,
-    kernel: Kernel = "linear",
-    *,
-    bandwidth: float | str = "median",
-    degree: int = 2,
-    offset: float = 1.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class Linear:
+    """The kernel ``x_i . x_j``, of which a unit diagonal makes the cosine similarity."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the values between all samples of ``[..., n, d]``, ``[..., n, n]``."""
+        return features @ features.mT
+
+
+@dataclass(frozen=True)
+class RBF:
+    """The kernel ``exp(-||x_i - x_j||^2 / (2 bandwidth^2))``.
+
+    Samples may lie any number of bandwidths apart: distances are those of the differences, or expanded in fp64, which
+    is beyond what fp32 features resolve. The Triton kernel of :func:`feature_entropy` expands them in fp32, and is off
+    by about ``1e-7 R^2`` bits for features that reach R bandwidths from their mean; take ``impl="reference"`` for R
+    above a hundred.
+
+    Args:
+        bandwidth: in the unit of the features, above 0. ``"median"``: the square root of the median squared distance
+            over the pairs i < j (the lower of the two middle values of an even number), and 1 where that is zero.
+
+    Raises:
+        ValueError: ``bandwidth`` is neither.
+
+    """
+
+    bandwidth: float | Literal["median"] = "median"
+
+    def __post_init__(self) -> None:
+        if self.bandwidth == "median":
+            return
+        if not isinstance(self.bandwidth, float | int) or not self.bandwidth > 0:
+            raise ValueError(
+                f"RBF: bandwidth must be above 0 or 'median', got {self.bandwidth!r}; "
+                "'median' takes it from the distances of the samples"
+            )
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the values between all samples of ``[..., n, d]``, ``[..., n, n]``; differentiable in the median."""
+        squared = _squared_distances(features)
+        if self.bandwidth == "median":
+            scale = _median_off_diagonal(squared)[..., None, None]
+        else:
+            scale = squared.new_tensor(self.bandwidth).square()
+        return (-squared / (2 * scale)).exp().to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """The kernel ``(x_i . x_j + offset)^degree``.
+
+    Args:
+        degree: a whole number of at least 1.
+        offset: at least 0.
+
+    Raises:
+        ValueError: one of them is out of its range, where the kernel would not be positive semidefinite.
+
+    """
+
+    degree: int = 2
+    offset: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.degree, int) and not isinstance(self.degree, bool)
+        if not whole or self.degree < 1 or not self.offset >= 0:
+            raise ValueError(
+                "Polynomial: degree must be a whole number of at least 1 and offset at least 0, got "
+                f"{self.degree} and {self.offset}; other values give a kernel that is not positive semidefinite"
+            )
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the values between all samples of ``[..., n, d]``, ``[..., n, n]``."""
+        return (features @ features.mT + self.offset) ** self.degree
+
+
+# Which know enough of themselves to do without a matrix of all pairs.
+KnownKernel = Linear | RBF | Polynomial
+Kernel = KernelName | KnownKernel | Callable[[Tensor], Tensor]
+
+
+def known_kernel(function: str, kernel: KernelName | KnownKernel, way_out: str) -> KnownKernel:
+    """Return the kernel that ``kernel`` is or, with its defaults, names; ``function`` begins the message.
+
+    Raises:
+        ValueError: it is neither.
+
+    """
+    if isinstance(kernel, KnownKernel):
+        return kernel
+    if kernel == "linear":
+        return Linear()
+    if kernel == "rbf":
+        return RBF()
+    if kernel == "polynomial":
+        return Polynomial()
+    raise ValueError(
+        f"{function}: kernel must be 'linear', 'rbf' or 'polynomial', or one of Linear(), RBF() and Polynomial(), got "
+        f"{kernel!r}; {way_out}"
+    )
+
+
+def gram_matrix(features: Tensor, kernel: Kernel = "linear") -> Tensor:
     r"""Return the Gram matrix of n samples, normalised to a unit diagonal.
 
-    ``K_ij / sqrt(K_ii K_jj)`` with K one of
-
-    - ``"linear"``: ``x_i . x_j``, so that the result is the cosine similarity;
-    - ``"rbf"``: ``exp(-||x_i - x_j||^2 / (2 bandwidth^2))``;
-    - ``"polynomial"``: ``(x_i . x_j + offset)^degree``;
-    - a callable from ``[..., n, d]`` to ``[..., n, n]``.
-
-    A sample with ``K_ii = 0`` (under the linear kernel: a zero feature) has no direction: it is taken as orthogonal
-    to every other, so the diagonal is 1 throughout and the laws of the joint entropy hold.
+    ``K_ij / sqrt(K_ii K_jj)``. A sample with ``K_ii = 0`` (under the linear kernel: a zero feature) has no direction:
+    it is taken as orthogonal to every other, so the diagonal is 1 throughout and the laws of the joint entropy hold.
 
     Args:
         features: ``[..., n, d]``, floating point.
-        kernel: as above.
-        bandwidth: of the RBF kernel, in the unit of the features. ``"median"``: the square root of the median
-            squared distance over the pairs i < j (the lower of the two middle values of an even number);
-            differentiable, and 1 where that is zero.
-        degree: of the polynomial kernel, at least 1.
-        offset: of the polynomial kernel, at least 0.
+        kernel: :class:`Linear`, :class:`RBF` or :class:`Polynomial`; ``"linear"``, ``"rbf"`` or ``"polynomial"`` for
+            these with their defaults; or a callable from ``[..., n, d]`` to ``[..., n, n]``.
 
     Returns:
         ``[..., n, n]`` in the dtype of ``features``, but at least fp32. Differentiable any number of times.
 
     Raises:
         TypeError: ``features`` is not a floating-point tensor.
-        ValueError: a shape, ``kernel``, ``bandwidth``, ``degree`` or ``offset`` is out of its range.
+        ValueError: a shape is out of its range, or ``kernel`` is none.
 
-    Cost: O(n^2 d) time, O(n^2) memory.
+    Cost: O(n^2 d) time, O(n^2) memory; RBF kernels in fp64.
 
     >>> gram_matrix(torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 1.0]])).tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    >>> gram_matrix(torch.tensor([[0.0], [2.0]]), RBF(bandwidth=1.0))[0, 1].log().item()
+    -2.0
 
     """
     if not isinstance(features, Tensor) or not features.is_floating_point():
@@ -61,31 +149,16 @@ def gram_matrix(
             f"gram_matrix: features must have shape [..., n, d] with n, d >= 1, got {tuple(features.shape)}; "
             "flatten each sample to one row"
         )
+    if not callable(kernel):
+        kernel = known_kernel("gram_matrix", kernel, "pass a function of the features for any other kernel")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
-        if callable(kernel):
-            raw = kernel(features)
-            expected = (*features.shape[:-1], features.shape[-2])
-            if raw.shape != expected:
-                raise ValueError(
-                    f"gram_matrix: kernel must return shape {expected}, got {tuple(raw.shape)}; "
-                    "it is called with features [..., n, d] and gives one value per pair of samples"
-                )
-        elif kernel == "linear":
-            raw = features @ features.mT
-        elif kernel == "rbf":
-            raw = _rbf(features, bandwidth)
-        elif kernel == "polynomial":
-            if degree != int(degree) or degree < 1 or offset < 0:
-                raise ValueError(
-                    "gram_matrix: degree must be a whole number of at least 1 and offset at least 0, got "
-                    f"{degree} and {offset}; other values give a kernel that is not positive semidefinite"
-                )
-            raw = (features @ features.mT + offset) ** degree
-        else:
+        raw = kernel(features)
+        expected = (*features.shape[:-1], features.shape[-2])
+        if raw.shape != expected:
             raise ValueError(
-                f"gram_matrix: kernel must be 'linear', 'rbf', 'polynomial' or a callable, got {kernel!r}; "
-                "pass a function of the features for any other kernel"
+                f"gram_matrix: kernel must return shape {expected}, got {tuple(raw.shape)}; "
+                "it is called with features [..., n, d] and gives one value per pair of samples"
             )
         return unit_diagonal(raw)
 
@@ -111,22 +184,32 @@ def unit_diagonal(gram: Tensor) -> Tensor:
     return torch.where(identity & ~normalised.isnan(), torch.ones_like(normalised), normalised)
 
 
-def _rbf(features: Tensor, bandwidth: float | str) -> Tensor:
-    n = features.shape[-2]
+def pair_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Return squared distances of fp64 rows, each from its difference; without gradient.
+
+    Where two clusters lie far apart, ``|x|^2 + |y|^2 - 2 x . y`` of rows within one is rounding alone.
+    """
+    # By matrix products, which is the default, cdist does just that.
+    return torch.cdist(rows.detach(), others.detach(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def _squared_distances(features: Tensor) -> Tensor:
+    """Return ``[..., n, n]`` in fp64, differentiable any number of times."""
     # Distances do not depend on the origin; near the mean of the samples the squares cancel least.
-    centred = features - features.mean(-2, keepdim=True)
-    squared_norms = centred.square().sum(-1)
-    squared = squared_norms[..., :, None] + squared_norms[..., None, :] - 2 * centred @ centred.mT
-    off_diagonal = ~torch.eye(n, dtype=torch.bool, device=features.device)
-    squared = squared.clamp_min(0) * off_diagonal
-    if bandwidth == "median":
-        upper = torch.ones(n, n, dtype=torch.bool, device=features.device).triu(1)
-        scale = squared[..., upper].median(-1).values if n > 1 else squared.new_ones(squared.shape[:-2])
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)[..., None, None]
-        return (-squared / (2 * scale)).exp()
-    if not isinstance(bandwidth, float | int) or not bandwidth > 0:
-        raise ValueError(
-            f"gram_matrix: bandwidth must be above 0 or 'median', got {bandwidth!r}; "
-            "'median' takes it from the distances of the samples"
-        )
-    return (-squared / (2 * bandwidth**2)).exp()
+    rows = features.double()
+    rows = rows - rows.mean(-2, keepdim=True)
+    norms = rows.square().sum(-1)
+    expanded = norms[..., :, None] + norms[..., None, :] - 2 * rows @ rows.mT
+    # fp64 has the digits that the expansion of fp32 features loses; those of fp64 features have nowhere to go.
+    exact = pair_distances(rows, rows) if features.dtype == torch.float64 else expanded.detach().clamp_min(0)
+    # The value of the one, and the gradient 2 (x_i - x_j) of the other, which needs no distance to divide by.
+    squared = expanded + (exact - expanded).detach()
+    return squared * ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
+
+
+def _median_off_diagonal(squared: Tensor) -> Tensor:
+    """Return the median over the pairs i < j, 1 where it is zero or there is none."""
+    n = squared.shape[-1]
+    upper = torch.ones(n, n, dtype=torch.bool, device=squared.device).triu(1)
+    median = squared[..., upper].median(-1).values if n > 1 else squared.new_ones(squared.shape[:-2])
+    return torch.where(median == 0, torch.ones_like(median), median)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from renyi_kd import conditional_entropy, gram_matrix, joint_entropy, mutual_information, renyi_entropy
+from renyi_kd import RBF, conditional_entropy, gram_matrix, joint_entropy, mutual_information, renyi_entropy
 
 ORDERS = [0.5, 1.0, 1 + 1e-9, 1 + 1e-4, 1.2, 2.0, 3.0, 50.0, math.inf]
 ALPHAS = st.sampled_from(ORDERS) | st.floats(0.3, 8.0)
@@ -267,7 +267,7 @@ def test_information_of_order_two_may_be_negative(a, b, exact, rounded):
 
 def test_information_may_be_negative_for_rbf_and_non_negative_linear_kernels_of_three_samples():
     x, y = torch.tensor([[0.0], [0.5], [1.0]]).double(), torch.tensor([[1.0], [0.0], [1.0]]).double()
-    rbf = [gram_matrix(v, "rbf", bandwidth=1.0) for v in (x, y)]
+    rbf = [gram_matrix(v, RBF(1.0)) for v in (x, y)]
     assert bits(mutual_information, *rbf) == pytest.approx(-0.0131, abs=5e-5)
     x = torch.tensor([[1.0, 1.0], [1.0, 2.0], [0.0, 2.0]]).double()
     y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]).double()

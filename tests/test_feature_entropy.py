@@ -10,23 +10,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from renyi_kd import gram_matrix, joint_entropy, mutual_information, mutual_information_of, renyi_entropy_of
+from renyi_kd import (
+    RBF,
+    Linear,
+    Polynomial,
+    feature_entropy,
+    feature_mutual_information,
+    gram_matrix,
+    joint_entropy,
+    mutual_information,
+)
 from renyi_kd.feature_entropy import median_distance
-from renyi_kd.ops.gram_moment import SampleKernel, gram_moment, reference
+from renyi_kd.ops.gram_moment import gram_moment, reference
 from tests.support import randn
 from tests.support.tolerance import assert_close_on_scale
+from tests.test_gram import FAR, clusters, differences
 from tests.test_kernels import LargestNewTensor
 
+NARROW, CUBIC = RBF(1.5), Polynomial(3, 0.5)
 KERNELS = [
-    ["linear"],
-    ["rbf"],
-    ["polynomial"],
-    ["rbf", "linear"],
-    ["linear", "linear", "linear"],
-    ["polynomial", "rbf", "linear"],
-    ["linear", "rbf", "polynomial", "rbf"],
+    [Linear()],
+    [NARROW],
+    [CUBIC],
+    [NARROW, Linear()],
+    [Linear(), Linear(), Linear()],
+    [CUBIC, NARROW, Linear()],
+    [Linear(), NARROW, CUBIC, NARROW],
 ]
-OPTIONS = {"bandwidth": 1.5, "degree": 3, "offset": 0.5}
 
 
 @pytest.fixture(params=["one block", "ragged blocks"])
@@ -44,8 +54,8 @@ def variables(n_samples: int, n_variables: int, dtype=torch.float64) -> list[Ten
     return features
 
 
-def from_grams(*features: Tensor, kernel: list[str]) -> Tensor:
-    return joint_entropy(*[gram_matrix(x, name, **OPTIONS) for x, name in zip(features, kernel, strict=True)])
+def from_grams(*features: Tensor, kernel: list) -> Tensor:
+    return joint_entropy(*[gram_matrix(x, name) for x, name in zip(features, kernel, strict=True)])
 
 
 def value_and_gradients(function, features: list[Tensor], **keywords) -> list[Tensor]:
@@ -59,26 +69,26 @@ def value_and_gradients(function, features: list[Tensor], **keywords) -> list[Te
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_orthogonal_and_equal_samples(n, blocks):
-    assert renyi_entropy_of(torch.eye(n)).item() == pytest.approx(math.log2(n))
-    assert renyi_entropy_of(torch.ones(n, 3)).item() == pytest.approx(0, abs=1e-6)
-    assert mutual_information_of(torch.eye(n), torch.eye(n)).item() == pytest.approx(math.log2(n))
+    assert feature_entropy(torch.eye(n)).item() == pytest.approx(math.log2(n))
+    assert feature_entropy(torch.ones(n, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert feature_mutual_information(torch.eye(n), torch.eye(n)).item() == pytest.approx(math.log2(n))
 
 
 def test_equal_clusters(blocks):
-    assert renyi_entropy_of(torch.eye(4).repeat_interleave(5, 0)).item() == pytest.approx(2)
+    assert feature_entropy(torch.eye(4).repeat_interleave(5, 0)).item() == pytest.approx(2)
 
 
 def test_the_moment_counts_pairs():
-    assert gram_moment([torch.eye(5)], [SampleKernel("linear")]).item() == 5
-    assert gram_moment([torch.ones(5, 2)], [SampleKernel("linear")]).item() == pytest.approx(25)
+    assert gram_moment([torch.eye(5)], [Linear()]).item() == 5
+    assert gram_moment([torch.ones(5, 2)], [Linear()]).item() == pytest.approx(25)
 
 
 @given(st.integers(2, 12), st.sampled_from(KERNELS), st.integers(0, 2**31))
 def test_joint_is_not_below_any_variable_and_within_bounds(n, kernel, seed):
     features = [randn(n, 4, seed=seed + k, dtype=torch.float64) for k in range(len(kernel))]
-    joint = renyi_entropy_of(*features, kernel=kernel, **OPTIONS).item()
+    joint = feature_entropy(*features, kernel=kernel).item()
     for x, name in zip(features, kernel, strict=True):
-        assert -1e-12 <= renyi_entropy_of(x, kernel=name, **OPTIONS).item() <= joint + 1e-12
+        assert -1e-12 <= feature_entropy(x, kernel=name).item() <= joint + 1e-12
     assert joint <= math.log2(n) + 1e-12
 
 
@@ -89,7 +99,7 @@ def test_joint_is_not_below_any_variable_and_within_bounds(n, kernel, seed):
 @pytest.mark.parametrize("n", [2, 9, 31])
 def test_value_and_gradients_are_those_of_the_grams(kernel, n, blocks):
     features = variables(n, len(kernel))
-    actual = value_and_gradients(renyi_entropy_of, features, kernel=kernel, **OPTIONS)
+    actual = value_and_gradients(feature_entropy, features, kernel=kernel)
     expected = value_and_gradients(from_grams, features, kernel=kernel)
     scale = max(gradient.abs().max().item() for gradient in expected[1:])
     assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-12)
@@ -100,8 +110,8 @@ def test_value_and_gradients_are_those_of_the_grams(kernel, n, blocks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_is_summed_in_fp32(dtype, blocks):
     features = variables(31, 2, dtype)
-    actual = value_and_gradients(renyi_entropy_of, features, kernel=["rbf", "linear"], **OPTIONS)
-    exact = value_and_gradients(from_grams, [x.double() for x in features], kernel=["rbf", "linear"])
+    actual = value_and_gradients(feature_entropy, features, kernel=[NARROW, "linear"])
+    exact = value_and_gradients(from_grams, [x.double() for x in features], kernel=[NARROW, "linear"])
     assert actual[0].dtype == torch.float32
     assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
     for name, a, e in zip("ab", actual[1:], exact[1:], strict=True):
@@ -111,35 +121,61 @@ def test_low_precision_is_summed_in_fp32(dtype, blocks):
 
 def test_far_from_the_origin_rbf_keeps_its_digits(blocks):
     x = randn(20, 6, dtype=torch.float64)
-    near, far = (renyi_entropy_of((x + shift).float(), kernel="rbf", bandwidth=2.0) for shift in (0, 100))
+    near, far = (feature_entropy((x + shift).float(), kernel=RBF(2.0)) for shift in (0, 100))
     assert far.item() == pytest.approx(near.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("apart", "dtype", "tight"), FAR.values(), ids=FAR)
+def test_rbf_of_tight_clusters_far_apart(apart, dtype, tight, blocks):
+    x, other = clusters(apart, dtype, tight), randn(8, 4, seed=7, dtype=dtype)
+    for kernel, features in (([RBF(tight)], [x]), ([RBF(tight), Linear()], [x, other])):
+        actual = value_and_gradients(feature_entropy, features, kernel=kernel)
+
+        def textbook(x, *others):
+            gram = (-differences(x) / (2 * tight**2)).exp()
+            return joint_entropy(gram, *map(gram_matrix, others))
+
+        expected = value_and_gradients(textbook, [f.double() for f in features])
+        assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-5)
+        for a, e in zip(actual[1:], expected[1:], strict=True):
+            assert_close_on_scale(a, e, name="gradient", rtol=max(4 * torch.finfo(dtype).eps, 1e-5))
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "polynomial", RBF(1.0)], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_nan(kernel, bad):
+    x = randn(9, 4)
+    x[3, 1] = bad
+    value, gradient = value_and_gradients(feature_entropy, [x], kernel=kernel)
+    assert value.isnan()
+    assert gradient.isnan().any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_gradient_is_the_derivative(kernel, blocks):
     features = [x.requires_grad_() for x in variables(6, len(kernel))]
     features[0] = (features[0] + randn(6, 5, seed=9, dtype=torch.float64)).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *x: renyi_entropy_of(*x, kernel=kernel, **OPTIONS), features)
+    assert torch.autograd.gradcheck(lambda *x: feature_entropy(*x, kernel=kernel), features)
 
 
 def test_gradient_only_where_it_is_needed():
     a, b = variables(9, 2)
-    both = value_and_gradients(renyi_entropy_of, [a, b])
+    both = value_and_gradients(feature_entropy, [a, b])
     leaf = b.clone().requires_grad_()
-    value = renyi_entropy_of(a, leaf)
+    value = feature_entropy(a, leaf)
     assert torch.equal(torch.autograd.grad(value, leaf, torch.full_like(value, -1.7))[0], both[2])
 
 
 def test_mutual_information_is_that_of_the_grams():
     a, b = variables(12, 2)
-    expected = mutual_information(gram_matrix(a, "rbf", bandwidth=1.5), gram_matrix(b))
-    actual = mutual_information_of(a, b, kernel=["rbf", "linear"], bandwidth=1.5)
+    expected = mutual_information(gram_matrix(a, NARROW), gram_matrix(b))
+    actual = feature_mutual_information(a, b, kernel=[NARROW, "linear"])
     assert actual.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_median_bandwidth_is_that_of_the_gram_matrix():
     (x,) = variables(30, 1)
-    assert renyi_entropy_of(x, kernel="rbf").item() == pytest.approx(from_median(x), rel=1e-12)
+    assert feature_entropy(x, kernel="rbf").item() == pytest.approx(from_median(x), rel=1e-12)
     assert median_distance(torch.ones(4, 2)) == 1
     assert median_distance(torch.ones(1, 2)) == 1
     # Of many samples a part, in order: the first of every three.
@@ -155,7 +191,7 @@ def test_second_derivative_is_refused():
     (x,) = variables(6, 1)
     x.requires_grad_()
     with pytest.raises(NotImplementedError, match=r"request for a second derivative; use renyi_entropy\(gram_matrix"):
-        torch.autograd.grad(renyi_entropy_of(x), x, create_graph=True)
+        torch.autograd.grad(feature_entropy(x), x, create_graph=True)
 
 
 # Memory.
@@ -165,7 +201,7 @@ def test_no_matrix_of_all_pairs_is_made():
     """16,000 samples: a Gram takes 1 GB."""
     a, b = randn(16000, 2).requires_grad_(), randn(16000, 3).requires_grad_()
     with LargestNewTensor() as largest:
-        torch.autograd.grad(renyi_entropy_of(a, b), [a, b])
+        torch.autograd.grad(feature_entropy(a, b), [a, b])
     assert largest.bytes <= 4 * reference._BLOCK_ELEMENTS
 
 
@@ -186,23 +222,23 @@ def test_no_matrix_of_all_pairs_is_made():
         ),
         (
             (torch.ones(2, 2),), {"kernel": ["linear", "rbf"]}, ValueError,
-            r"kernel must be one name or one per variable, got 2 for 1 variables; give as many",
+            r"kernel must be one or one per variable, got 2 for 1 variables; give as many",
         ),
         ((torch.ones(2, 2),), {"kernel": "cosine"}, ValueError, r"must be 'linear', .* got 'cosine'; for any other"),
-        ((torch.ones(2, 2),), {"kernel": "rbf", "bandwidth": 0}, ValueError, r"bandwidth must be above 0 .* got 0;"),
-        ((torch.ones(2, 2),), {"kernel": "rbf", "bandwidth": "mean"}, ValueError, r"bandwidth .* got 'mean'; 'median'"),
-        ((torch.ones(2, 2),), {"kernel": "polynomial", "degree": 0}, ValueError, r"degree must be .* got 0 and 1.0;"),
-        ((torch.ones(2, 2),), {"kernel": "polynomial", "offset": -1}, ValueError, r"offset at least 0, got 2 and -1;"),
+        ((torch.ones(2, 2),), {"kernel": torch.exp}, ValueError, r"must be 'linear', .*; for any other kernel use"),
         ((torch.ones(2, 2),), {"impl": "cuda"}, ValueError, r"impl must be one of .* got 'cuda'; 'auto' is always"),
     ],
 )  # fmt: skip
 def test_refusals(arguments, keywords, error, message):
     with pytest.raises(error, match=message):
-        renyi_entropy_of(*arguments, **keywords)
+        feature_entropy(*arguments, **keywords)
+    if len(arguments) == 2 and keywords == {}:
+        with pytest.raises(error, match=f"feature_mutual_information: {message}"):
+            feature_mutual_information(*arguments)
 
 
 def test_mutual_information_names_itself():
     with pytest.raises(
-        TypeError, match=r"mutual_information_of: features\[1\] must be a floating-point tensor, got NoneType"
+        TypeError, match=r"feature_mutual_information: features\[1\] must be a floating-point tensor, got NoneType"
     ):
-        mutual_information_of(torch.ones(2, 2), None)
+        feature_mutual_information(torch.ones(2, 2), None)

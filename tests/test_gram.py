@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from renyi_kd import gram_matrix
+from renyi_kd import RBF, Polynomial, gram_matrix, renyi_entropy
 from renyi_kd.gram import unit_diagonal
 from tests.support import randn
 
@@ -24,10 +24,10 @@ def laplace(x):
 KERNELS = {
     "linear": {"kernel": "linear"},
     "rbf median": {"kernel": "rbf"},
-    "rbf": {"kernel": "rbf", "bandwidth": 0.7},
+    "rbf": {"kernel": RBF(0.7)},
     "polynomial": {"kernel": "polynomial"},
-    "cubic": {"kernel": "polynomial", "degree": 3, "offset": 0.5},
-    "homogeneous": {"kernel": "polynomial", "degree": 2, "offset": 0},
+    "cubic": {"kernel": Polynomial(3, 0.5)},
+    "homogeneous": {"kernel": Polynomial(offset=0)},
     "callable": {"kernel": laplace},
 }
 
@@ -55,7 +55,7 @@ def test_linear_is_the_cosine():
 
 @pytest.mark.parametrize("bandwidth", [2, 2.0])
 def test_rbf_of_a_given_bandwidth(bandwidth):
-    gram = gram_matrix(column(0, 1, 3), "rbf", bandwidth=bandwidth)
+    gram = gram_matrix(column(0, 1, 3), RBF(bandwidth))
     a, b, c = (math.exp(-squared / 8) for squared in (1, 9, 4))
     torch.testing.assert_close(gram, matrix((1, a, b), (a, 1, c), (b, c, 1)), rtol=1e-12, atol=0)
 
@@ -63,14 +63,14 @@ def test_rbf_of_a_given_bandwidth(bandwidth):
 def test_rbf_of_the_median_bandwidth():
     """Squared distances 1, 9 and 4: the median is 4."""
     torch.testing.assert_close(
-        gram_matrix(column(0, 1, 3), "rbf"), gram_matrix(column(0, 1, 3), "rbf", bandwidth=2), rtol=1e-12, atol=0
+        gram_matrix(column(0, 1, 3), "rbf"), gram_matrix(column(0, 1, 3), RBF(2)), rtol=1e-12, atol=0
     )
 
 
 def test_median_is_the_lower_one_of_an_even_number():
     """Points 0, 1, 3, 7: squared distances 1, 4, 9, 16, 36, 49."""
     x = column(3, 0, 7, 1)
-    torch.testing.assert_close(gram_matrix(x, "rbf"), gram_matrix(x, "rbf", bandwidth=3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gram_matrix(x, "rbf"), gram_matrix(x, RBF(3)), rtol=1e-12, atol=0)
 
 
 def test_median_is_taken_per_batch_entry():
@@ -81,7 +81,7 @@ def test_median_is_taken_per_batch_entry():
 
 def test_polynomial():
     """(x y + 2)^3 of 1 and 2: 27, 64 and 216."""
-    gram = gram_matrix(column(1, 2), "polynomial", degree=3, offset=2)
+    gram = gram_matrix(column(1, 2), Polynomial(degree=3, offset=2))
     expected = 64 / math.sqrt(27 * 216)
     torch.testing.assert_close(gram, matrix((1, expected), (expected, 1)), rtol=1e-12, atol=0)
 
@@ -89,9 +89,9 @@ def test_polynomial():
 def test_polynomial_defaults_are_quadratic_with_offset_one():
     x = randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(
-        gram_matrix(x, "polynomial"), gram_matrix(x, "polynomial", degree=2, offset=1.0), rtol=0, atol=0
+        gram_matrix(x, "polynomial"), gram_matrix(x, Polynomial(degree=2, offset=1.0)), rtol=0, atol=0
     )
-    cosines = gram_matrix(x, "polynomial", degree=1, offset=0)
+    cosines = gram_matrix(x, Polynomial(degree=1, offset=0))
     torch.testing.assert_close(cosines, gram_matrix(x), rtol=1e-12, atol=1e-12)
 
 
@@ -152,8 +152,59 @@ def test_median_rbf_is_invariant_to_scale_and_translation(features, shift, scale
 def test_rbf_far_from_the_origin_keeps_its_distances():
     x = randn(5, 3)
     x = (x * 64).round() / 64
-    near, far = gram_matrix(x, "rbf", bandwidth=1.0), gram_matrix(x + 1024, "rbf", bandwidth=1.0)
+    near, far = gram_matrix(x, RBF(1.0)), gram_matrix(x + 1024, RBF(1.0))
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
+
+
+def differences(x: torch.Tensor) -> torch.Tensor:
+    """Return squared distances in fp64, each from its difference."""
+    x = x.double()
+    return (x[:, None] - x[None]).square().sum(-1)
+
+
+def clusters(apart: float, dtype: torch.dtype, tight: float = 1.0) -> torch.Tensor:
+    """Return two clusters of four, of which two samples are one."""
+    x = tight * randn(8, 3, dtype=torch.float64)
+    x[1] = x[0]
+    x[4:] += apart
+    return x.to(dtype)
+
+
+FAR = {
+    "hundred": (1e2, torch.float32, 1.0),
+    "ten thousand": (1e4, torch.float32, 1.0),
+    "half precision": (1e3, torch.float16, 8.0),
+    "fp64": (1e9, torch.float64, 1.0),
+    "fp64, tiny": (1.0, torch.float64, 1e-9),
+    "far from the origin": (1e-3, torch.float32, 1e-3),
+}
+
+
+@pytest.mark.parametrize(("apart", "dtype", "tight"), FAR.values(), ids=FAR)
+def test_rbf_of_tight_clusters_far_apart(apart, dtype, tight):
+    """``|x|^2 + |y|^2 - 2 x . y`` in the dtype of the features leaves rounding alone of a distance within a cluster."""
+    x = clusters(apart, dtype, tight).requires_grad_()
+    if apart < 1 and dtype == torch.float32:
+        x = (x.detach() + 100).requires_grad_()
+    gram = gram_matrix(x, RBF(tight))
+    exact = x.detach().double().requires_grad_()
+    expected = (-differences(exact) / (2 * tight**2)).exp()
+    torch.testing.assert_close(gram.double(), expected, rtol=0, atol=1e-6)
+    assert renyi_entropy(gram).item() == pytest.approx(renyi_entropy(expected).item(), abs=1e-6)
+    weights = randn(8, 8, seed=1, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((gram * weights).sum(), x)
+    (target,) = torch.autograd.grad((expected * weights).sum(), exact)
+    error = (gradient.double() - target).abs().max() / target.abs().max()
+    assert error < max(4 * torch.finfo(dtype).eps, 1e-6)
+
+
+def test_rbf_of_the_median_of_a_tight_cluster_beside_a_far_sample():
+    x = clusters(0, torch.float32)
+    x[7] = 1e5
+    squared = differences(x)
+    median = squared[torch.ones(8, 8).triu(1).bool()].median()
+    expected = (-squared / (2 * median)).exp()
+    torch.testing.assert_close(gram_matrix(x, "rbf").double(), expected, rtol=0, atol=1e-6)
 
 
 def test_leading_dimensions_are_a_batch(kernel):
@@ -231,7 +282,7 @@ def test_duplicates_are_alike_and_have_finite_gradients(kernel):
 def test_median_of_zero_counts_as_bandwidth_one():
     """Four alike and one apart: six of the ten distances are zero."""
     x = column(0, 0, 0, 0, 1.5)
-    torch.testing.assert_close(gram_matrix(x, "rbf"), gram_matrix(x, "rbf", bandwidth=1.0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gram_matrix(x, "rbf"), gram_matrix(x, RBF(1.0)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -247,7 +298,7 @@ def test_nan_and_inf_propagate(kernel, bad):
         return
     assert gram[2].isnan().all()
     assert gram[:, 2].isnan().all()
-    if kernel["kernel"] in ("linear", "polynomial"):
+    if kernel["kernel"] == "linear" or isinstance(kernel["kernel"], Polynomial):
         assert gram[others][:, others].isfinite().all()
 
 
@@ -289,7 +340,9 @@ def test_features_must_have_samples_and_channels(shape):
 
 @pytest.mark.parametrize("kernel", ["gaussian", "", None, 3])
 def test_kernel_must_be_known(kernel):
-    with pytest.raises(ValueError, match=r"kernel must be 'linear', 'rbf', 'polynomial' or a callable, got .*; pass a"):
+    with pytest.raises(
+        ValueError, match=r"kernel must be 'linear', 'rbf' or 'polynomial', or one of .*, got .*; pass a"
+    ):
         gram_matrix(torch.ones(3, 2), kernel)
 
 
@@ -304,12 +357,12 @@ def test_callable_must_return_a_gram():
 
 @pytest.mark.parametrize("bandwidth", [0, 0.0, -1.0, math.nan, "mean", None])
 def test_bandwidth_must_be_positive(bandwidth):
-    with pytest.raises(ValueError, match=r"gram_matrix: bandwidth must be above 0 or 'median', got .*; 'median' takes"):
-        gram_matrix(torch.ones(3, 2), "rbf", bandwidth=bandwidth)
+    with pytest.raises(ValueError, match=r"RBF: bandwidth must be above 0 or 'median', got .*; 'median' takes"):
+        RBF(bandwidth)
 
 
-@pytest.mark.parametrize(("degree", "offset"), [(0, 1.0), (-2, 1.0), (2, -0.5), (2.5, 1.0)])
+@pytest.mark.parametrize(("degree", "offset"), [(0, 1.0), (-2, 1.0), (2, -0.5), (2.5, 1.0), (True, 1.0), (2, math.nan)])
 def test_polynomial_must_be_positive_semidefinite(degree, offset):
     rule = "degree must be a whole number of at least 1 and offset at least 0"
-    with pytest.raises(ValueError, match=rf"{rule}, got {degree} and {offset}"):
-        gram_matrix(torch.ones(3, 2), "polynomial", degree=degree, offset=offset)
+    with pytest.raises(ValueError, match=rf"Polynomial: {rule}, got {degree} and {offset}"):
+        Polynomial(degree, offset)

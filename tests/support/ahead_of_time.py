@@ -25,13 +25,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from renyi_kd.gram import RBF, Linear, Polynomial
 from renyi_kd.objective import Distillation, Objective
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import teacher_kernel
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_moment import triton as gram_moment
-from renyi_kd.ops.gram_moment.types import SampleKernel
 from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels
 from renyi_kd.ops.gram_terms import triton as gram_terms
 from renyi_kd.ops.relation_directions import triton as relation_directions
@@ -177,7 +177,7 @@ def call_terms(samples: int) -> None:
 
 
 def call_moments(dtype: torch.dtype) -> None:
-    linear, polynomial, rbf = SampleKernel("linear"), SampleKernel("polynomial", 1.0, 2), SampleKernel("rbf", 2.0)
+    linear, polynomial, rbf = Linear(), Polynomial(), RBF(2.0)
     for kernels in ([linear], [rbf], [polynomial], [linear] * 3, [linear, rbf, polynomial, rbf]):
         features = [torch.empty(128, 256, dtype=dtype, requires_grad=True) for _ in kernels]
         gram_moment.gram_moment(features, kernels).backward()

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from renyi_kd.gram import KnownKernel
 from renyi_kd.ops.dispatch import Impl, resolve
 from renyi_kd.ops.gram_moment import reference
-from renyi_kd.ops.gram_moment.types import SampleKernel
-
-__all__ = ["SampleKernel", "gram_moment"]
 
 MAX_VARIABLES = 4
 
 
-def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel], *, impl: Impl = "auto") -> Tensor:
+def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel], *, impl: Impl = "auto") -> Tensor:
     """Return what :func:`reference.gram_moment` defines, by the implementation that ``impl`` names."""
     limits = []
     if len(features) > MAX_VARIABLES:

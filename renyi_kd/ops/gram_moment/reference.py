@@ -11,8 +11,8 @@ With P_ij = prod_k K^k_ij^2 for i != j, C_ij = P_ij / K^k_ij (as a product), s_i
     RBF:         A_ij = P_ij / bandwidth^2                                          b_i = 1 / bandwidth^2
 
 Blocks of rows meet all rows up to their own, as the rest is the same by symmetry, so that no n x n matrix is made; the
-gradient computes the blocks again. Products are summed in fp32 (fp64 for fp64), the blocks of the value in fp64. First
-derivatives only.
+gradient computes the blocks again. Products are summed in fp32 (fp64 for fp64 and for RBF, whose distances are small
+differences of large numbers), the blocks of the value in fp64. First derivatives only.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial, pair_distances
 from renyi_kd.ops.autograd import refuse_second_derivative
-from renyi_kd.ops.gram_moment.types import SampleKernel
 
 # 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. On a GPU 64 MiB, as a block takes
 # dozens of launches.
 _BLOCK_ELEMENTS, _BLOCK_ELEMENTS_ON_GPU = 2**18, 2**24
 
 
-def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> Tensor:
+def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> Tensor:
     """Return the sum of the squared entries of the Hadamard product of the variables' Grams.
 
     Args:
         features: one ``[n, d_k]`` per variable, floating point.
-        kernels: one per variable.
+        kernels: one per variable; the bandwidth of an RBF is a number here.
 
     Returns:
         ``[]`` in fp64: n where all samples are orthogonal, n^2 where all are alike. First derivatives.
@@ -54,7 +54,7 @@ def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> 
 
 class _GramMoment(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: tuple[SampleKernel, ...], *features: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: tuple[KnownKernel, ...], *features: Tensor) -> Tensor:
         ctx.kernels = kernels
         ctx.save_for_backward(*features)
         n_samples = len(features[0])
@@ -75,7 +75,7 @@ class _GramMoment(torch.autograd.Function):
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
             grads = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
-            row_sums = torch.zeros_like(variables[0].norms)
+            row_sums = torch.zeros_like(variables[0].norms, dtype=torch.float64)
             for block in _blocks(features[0]):
                 before = slice(block.start)
                 values = _values(variables, block, block.stop)
@@ -92,7 +92,8 @@ class _GramMoment(torch.autograd.Function):
                         grad[before].addmm_(weights[:, before].mT, variable.rows[block])
             for variable, grad in zip(variables, grads, strict=True):
                 if grad is not None:
-                    grad.addcmul_(row_sums[:, None] * variable.self_slope(), variable.rows, value=-1)
+                    own = (row_sums[:, None] * variable.self_slope()).to(grad.dtype)
+                    grad.addcmul_(own, variable.rows, value=-1)
                     grad.mul_(4 * grad_moment)
         return None, *(None if grad is None else grad.to(x.dtype) for x, grad in zip(features, grads, strict=True))
 
@@ -102,54 +103,65 @@ class Variable(NamedTuple):
 
     Attributes:
         kernel: between its samples.
-        rows: ``[n, d]`` in at least fp32; centred for RBF, whose distances do not depend on the origin.
+        rows: ``[n, d]`` in at least fp32; for RBF, whose distances do not depend on the origin, centred and in fp64.
         norms: ``[n]``: squared norms of the rows.
         inverse: ``[n]``: r, which scales the diagonal to 1; 0 for a sample without direction.
+        is_fp64: whether the features were, so that nothing wider hides what an expanded distance loses.
 
     """
 
-    kernel: SampleKernel
+    kernel: KnownKernel
     rows: Tensor
     norms: Tensor
     inverse: Tensor
+    is_fp64: bool
 
     def values(self, block: slice, stop: int) -> Tensor:
         """Return the kernel between a block of rows and the first ``stop`` rows."""
-        products = self.rows[block] @ self.rows[:stop].mT
-        name, scale, degree = self.kernel
-        if name == "rbf":
-            distances = (self.norms[block, None] + self.norms[:stop] - 2 * products).clamp_min_(0)
-            return distances.mul_(-0.5 / scale**2).exp_()
-        values = products if name == "linear" else (products + scale) ** degree
+        if isinstance(self.kernel, RBF):
+            return self._distances(block, stop).mul_(-_slope(self.kernel) / 2).exp_()
+        values = self.rows[block] @ self.rows[:stop].mT
+        if isinstance(self.kernel, Polynomial):
+            values = (values + self.kernel.offset) ** self.kernel.degree
         return values * self.inverse[block, None] * self.inverse[:stop]
 
     def slope(self, values: Tensor, block: slice, stop: int) -> Tensor:
         """Return K dK/d(x_i . x_j), up to the parts that :meth:`self_slope` has."""
-        name, scale, degree = self.kernel
-        if name == "rbf":
-            return values.square() / scale**2
-        scales = self.inverse[block, None] * self.inverse[:stop]
-        if name == "linear":
-            return values * scales
-        return degree * values * (self.rows[block] @ self.rows[:stop].mT + scale) ** (degree - 1) * scales
+        if isinstance(self.kernel, RBF):
+            return values.square() * _slope(self.kernel)
+        values = values * (self.inverse[block, None] * self.inverse[:stop])
+        if isinstance(self.kernel, Linear):
+            return values
+        offset, degree = self.kernel.offset, self.kernel.degree
+        return degree * values * (self.rows[block] @ self.rows[:stop].mT + offset) ** (degree - 1)
 
     def self_slope(self) -> Tensor:
         """Return what its row sum of squares takes from a row itself, ``[n, 1]``."""
-        name, scale, degree = self.kernel
-        if name == "rbf":
-            return torch.full_like(self.norms[:, None], 1 / scale**2)
+        if isinstance(self.kernel, RBF):
+            return torch.full_like(self.norms[:, None], _slope(self.kernel))
+        degree = self.kernel.degree if isinstance(self.kernel, Polynomial) else 1
         return degree * (self.inverse[:, None] ** (2 / degree))
 
+    def _distances(self, block: slice, stop: int) -> Tensor:
+        if self.is_fp64:
+            return pair_distances(self.rows[block], self.rows[:stop])
+        products = self.rows[block] @ self.rows[:stop].mT
+        return products.mul_(-2).add_(self.norms[block, None]).add_(self.norms[:stop]).clamp_min_(0)
 
-def prepare(x: Tensor, kernel: SampleKernel) -> Variable:
+
+def prepare(x: Tensor, kernel: KnownKernel) -> Variable:
     """Return a variable; its rows are a copy only where they must be centred or widened."""
-    rows = x.to(torch.promote_types(x.dtype, torch.float32))
-    if kernel.name == "rbf":
+    rows = x.to(torch.float64 if isinstance(kernel, RBF) else torch.promote_types(x.dtype, torch.float32))
+    if isinstance(kernel, RBF):
         rows = rows - rows.mean(0)
     norms = torch.linalg.vector_norm(rows, dim=1).square()
-    diagonal = (norms + kernel.scale) ** kernel.degree if kernel.name == "polynomial" else norms
+    diagonal = (norms + kernel.offset) ** kernel.degree if isinstance(kernel, Polynomial) else norms
     inverse = torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
-    return Variable(kernel, rows, norms, inverse)
+    return Variable(kernel, rows, norms, inverse, x.dtype == torch.float64)
+
+
+def _slope(kernel: RBF) -> float:
+    return float(kernel.bandwidth) ** -2
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:

@@ -19,14 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.gram import RBF, KnownKernel, Polynomial
 from renyi_kd.ops.autograd import second_derivative_refusal
-from renyi_kd.ops.gram_moment.types import SampleKernel
 
 # Not measured on a GPU yet: among the largest tiles that spill on no target.
 FORWARD_BLOCKS = {"BLOCK_N": 64, "BLOCK_D": 16}
 BACKWARD_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_OUT": 128}
 _LINEAR, _POLYNOMIAL, _RBF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_KINDS = {"linear": 0, "polynomial": 1, "rbf": 2}
 
 
 @triton.jit
@@ -178,24 +177,24 @@ def _gram_moment_bwd_kernel(
     )  # fmt: skip
 
 
-def _prepare(x: Tensor, kernel: SampleKernel) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(x: Tensor, kind: int, scale: float, degree: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean of the samples (0 unless RBF), their squared norms, and what scales the diagonal to 1."""
     mean = x.new_zeros(x.shape[1], dtype=torch.float32)
-    if kernel.name == "rbf":
+    if kind == _RBF.value:
         mean = x.mean(0, dtype=torch.float32)
         # By blocks: centring all at once would copy the features.
         norms = torch.cat([torch.linalg.vector_norm(block.float() - mean, dim=1) for block in x.split(8192)]).square()
         return mean, norms, norms
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-    diagonal = (norms + kernel.scale) ** kernel.degree if kernel.name == "polynomial" else norms
+    diagonal = (norms + scale) ** degree if kind == _POLYNOMIAL.value else norms
     return mean, norms, torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
 
 
-def _arguments(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _arguments(
+    features: Sequence[Tensor], kinds: Sequence[int], scales: Sequence[float], degrees: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what both kernels take of the variables, and their constants."""
-    means, norms, inverses = zip(
-        *(_prepare(x, kernel) for x, kernel in zip(features, kernels, strict=True)), strict=True
-    )
+    means, norms, inverses = zip(*map(_prepare, features, kinds, scales, degrees), strict=True)
     arguments = {
         "x_ptrs": tuple(features),
         "mean_ptrs": means,
@@ -204,26 +203,23 @@ def _arguments(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> t
         "dims": tuple(x.shape[1] for x in features),
         "strides_n": tuple(x.stride(0) for x in features),
         "strides_d": tuple(x.stride(1) for x in features),
-        "scales": tuple(float(kernel.scale) for kernel in kernels),
+        "scales": tuple(scales),
     }
     constants = {
-        "KINDS": tuple(_KINDS[kernel.name] for kernel in kernels),
-        "DEGREES": tuple(kernel.degree for kernel in kernels),
+        "KINDS": tuple(kinds),
+        "DEGREES": tuple(degrees),
         "PRECISION": "ieee" if torch.version.hip else "tf32x3",
     }
     return arguments, constants
 
 
-# An operator's schema has no tuples of names and numbers: kernels travel as a line of names and two lists.
-def _kernels(names: str, scales: Sequence[float], degrees: Sequence[int]) -> list[SampleKernel]:
-    return [SampleKernel(*of_one) for of_one in zip(names.split(), scales, degrees, strict=True)]  # type: ignore[arg-type]
-
-
 @torch.library.custom_op("renyi_kd::gram_moment", mutates_args=(), schema=(
-    "(Tensor[] features, str names, float[] scales, int[] degrees) -> Tensor"
+    "(Tensor[] features, int[] kinds, float[] scales, int[] degrees) -> Tensor"
 ))  # fmt: skip
-def _forward(features: Sequence[Tensor], names: str, scales: Sequence[float], degrees: Sequence[int]) -> Tensor:
-    arguments, constants = _arguments(features, _kernels(names, scales, degrees))
+def _forward(
+    features: Sequence[Tensor], kinds: Sequence[int], scales: Sequence[float], degrees: Sequence[int]
+) -> Tensor:
+    arguments, constants = _arguments(features, kinds, scales, degrees)
     n_samples = len(features[0])
     n_blocks = triton.cdiv(n_samples, FORWARD_BLOCKS["BLOCK_N"])
     # Zeros, as the tiles above the diagonal write nothing.
@@ -237,22 +233,22 @@ def _forward(features: Sequence[Tensor], names: str, scales: Sequence[float], de
 
 
 @_forward.register_fake
-def _(features: Sequence[Tensor], names: str, scales: Sequence[float], degrees: Sequence[int]) -> Tensor:
+def _(features: Sequence[Tensor], *_: object) -> Tensor:
     return features[0].new_empty((), dtype=torch.float64)
 
 
 @torch.library.custom_op("renyi_kd::gram_moment_backward", mutates_args=(), schema=(
-    "(Tensor[] features, Tensor grad_moment, str names, float[] scales, int[] degrees, int which) -> Tensor"
+    "(Tensor[] features, Tensor grad_moment, int[] kinds, float[] scales, int[] degrees, int which) -> Tensor"
 ))  # fmt: skip
 def _backward(
     features: Sequence[Tensor],
     grad_moment: Tensor,
-    names: str,
+    kinds: Sequence[int],
     scales: Sequence[float],
     degrees: Sequence[int],
     which: int,
 ) -> Tensor:
-    arguments, constants = _arguments(features, _kernels(names, scales, degrees))
+    arguments, constants = _arguments(features, kinds, scales, degrees)
     n_samples, n_features = features[which].shape
     grad = torch.empty_like(features[which])
     grid = triton.cdiv(n_samples, BACKWARD_BLOCKS["BLOCK_N"]), triton.cdiv(n_features, BACKWARD_BLOCKS["BLOCK_OUT"])
@@ -267,26 +263,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    features: Sequence[Tensor],
-    grad_moment: Tensor,
-    names: str,
-    scales: Sequence[float],
-    degrees: Sequence[int],
-    which: int,
-) -> Tensor:
+def _(features: Sequence[Tensor], *rest: Any) -> Tensor:
+    *_, which = rest
     return torch.empty_like(features[which])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.names, ctx.scales, ctx.degrees = inputs
+    features, ctx.kinds, ctx.scales, ctx.degrees = inputs
     ctx.save_for_backward(*features)
 
 
 def _differentiate(ctx: Any, grad_moment: Tensor) -> tuple[list[Tensor | None], None, None, None]:
     features = list(ctx.saved_tensors)
     grads = [
-        torch.ops.renyi_kd.gram_moment_backward(features, grad_moment, ctx.names, ctx.scales, ctx.degrees, which)
+        torch.ops.renyi_kd.gram_moment_backward(features, grad_moment, ctx.kinds, ctx.scales, ctx.degrees, which)
         if needed
         else None
         for which, needed in enumerate(ctx.needs_input_grad[0])
@@ -300,12 +290,17 @@ _backward.register_autograd(
 )
 
 
-def gram_moment(features: Sequence[Tensor], kernels: Sequence[SampleKernel]) -> Tensor:
+def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> Tensor:
     """Return what the reference does."""
-    moment: Tensor = torch.ops.renyi_kd.gram_moment(
-        list(features),
-        " ".join(kernel.name for kernel in kernels),
-        [float(kernel.scale) for kernel in kernels],
-        [kernel.degree for kernel in kernels],
-    )
+    kinds, scales, degrees = zip(*map(_numbers, kernels), strict=True)
+    moment: Tensor = torch.ops.renyi_kd.gram_moment(list(features), kinds, scales, degrees)
     return moment
+
+
+def _numbers(kernel: KnownKernel) -> tuple[int, float, int]:
+    """Return kind, scale and degree: an operator's schema has no values of our own."""
+    if isinstance(kernel, RBF):
+        return _RBF.value, float(kernel.bandwidth), 1
+    if isinstance(kernel, Polynomial):
+        return _POLYNOMIAL.value, float(kernel.offset), kernel.degree
+    return _LINEAR.value, 0.0, 1
