@@ -12,7 +12,7 @@ from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.functional import relation_terms
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, resolve
-from renyi_kd.relation import RelationModule
+from renyi_kd.relation import RelationModule, check_start
 from renyi_kd.sam.features import SAMFeatures, check_features
 from renyi_kd.sam.inputs import CompareInputs, Comparison
 from renyi_kd.sam.step import Step
@@ -53,6 +53,8 @@ class InfoSAMLoss(nn.Module):
             in every step, ``"never"`` not at all, for models that are meant to see different things. Prompts that are
             masks are left out.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
+        generator: what the relation module is drawn from; None for a start that is always the same, see
+            :class:`RelationModule`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -77,8 +79,10 @@ class InfoSAMLoss(nn.Module):
         check_finite: bool = False,
         compare_inputs: CompareInputs = "first",
         impl: Impl = "auto",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_start("InfoSAMLoss", dim, generator)
         self.objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
         if token not in ("first", "all") and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise ValueError(f"InfoSAMLoss: token must be 'first', 'all' or an index, got {token!r}; the paper's is 0")
@@ -87,7 +91,7 @@ class InfoSAMLoss(nn.Module):
                 f"InfoSAMLoss: bank_size must be a number of samples, got {bank_size!r}; 0 takes none of earlier steps"
             )
         resolve(impl)
-        self.relation = RelationModule(dim)
+        self.relation = RelationModule(dim, generator=generator)
         self.token: Token = token
         self.check_finite = check_finite
         self.impl: Impl = impl

@@ -14,6 +14,9 @@ from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.sam.features import SAMFeatures, check_features, image_of_samples
 
+# Unlike those that programs begin with, whose first layers would be drawn alike; the paper's number on arXiv.
+_SEED = 2505_21920
+
 
 class RelationModule(nn.Module):
     r"""Relation of mask tokens and image features, as InfoSAM defines it.
@@ -25,6 +28,9 @@ class RelationModule(nn.Module):
 
     Args:
         dim: channels of image features and mask tokens.
+        generator: what the projections are drawn from, as nn.Linear draws them; None for one with a seed of its own.
+            All modules of one ``dim`` then begin alike, in every process and whatever the program was seeded with;
+            ``torch.Generator().manual_seed(seed)`` gives another start. No global random state is read or moved.
 
     Shape: ``module(image_features [b, d, h, w], mask_tokens [s, n, d], image_index [s] or None)`` gives the relation
     maps ``[s, n, h, w]``, each sample's scores divided by their L2 norm; a sample whose scores are all zero stays so.
@@ -39,13 +45,14 @@ class RelationModule(nn.Module):
 
     """
 
-    def __init__(self, dim: int = 256) -> None:
+    def __init__(self, dim: int = 256, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"RelationModule: dim must be a positive integer, got {dim!r}; 256 is that of every SAM")
+        check_start("RelationModule", dim, generator)
+        if generator is None:
+            generator = torch.Generator().manual_seed(_SEED)
         self.dim = dim
-        self.query_proj = nn.Linear(dim, dim)
-        self.key_proj = nn.Linear(dim, dim)
+        self.query_proj = _projection(dim, generator)
+        self.key_proj = _projection(dim, generator)
         self.layer_norm_feat = nn.LayerNorm(dim)
         self.layer_norm_mask = nn.LayerNorm(dim)
 
@@ -116,3 +123,32 @@ class RelationModule(nn.Module):
             feature_bias=self.layer_norm_feat.bias,
         )
         return Relation(weights, token_eps=self.layer_norm_mask.eps, feature_eps=self.layer_norm_feat.eps)
+
+
+def check_start(function: str, dim: int, generator: torch.Generator | None) -> None:
+    """Raise unless a relation module can begin so; ``function`` begins the message.
+
+    Raises:
+        ValueError: ``dim`` is no size.
+        TypeError: ``generator`` is none.
+
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"{function}: dim must be a positive integer, got {dim!r}; 256 is that of every SAM")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{function}: generator must be a torch.Generator, got {type(generator).__name__}; "
+            "torch.Generator().manual_seed(0) makes one"
+        )
+
+
+def _projection(dim: int, generator: torch.Generator) -> nn.Linear:
+    """Return a linear layer as nn.Linear begins, uniform in +-1 / sqrt(dim), without the global draws of that."""
+    layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, dim, dim, device=torch.get_default_device()
+    )
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
+            parameter.copy_(drawn.uniform_(-(dim**-0.5), dim**-0.5, generator=generator))
+    return layer

@@ -480,6 +480,49 @@ def test_defaults_are_the_papers():
     assert repr(infosam).splitlines()[1].strip() == f"{objective}, token='first', global_batch=False, bank_size=0"
 
 
+def on_meta() -> InfoSAMLoss:
+    with torch.device("meta"):
+        return InfoSAMLoss(DIM)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RelationModule(DIM),
+        lambda: InfoSAMLoss(DIM, bank_size=3),
+        lambda: InfoSAMLoss(DIM, generator=torch.Generator().manual_seed(3)),
+        lambda: copy.deepcopy(InfoSAMLoss(DIM)),
+        on_meta,
+    ],
+    ids=["RelationModule", "InfoSAMLoss", "of a generator", "copied", "on meta"],
+)
+def test_no_global_random_state_is_moved(build):
+    """With a loss of weight 0, the order of the data would be another one."""
+    states = torch.get_rng_state(), [state.clone() for state in torch.cuda.get_rng_state_all()]
+    build()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), states[1]))
+
+
+def test_start_of_the_relation_module():
+    relation = RelationModule(256)
+    torch.manual_seed(1)
+    same, other = InfoSAMLoss().relation, RelationModule(256, generator=torch.Generator().manual_seed(1))
+    linear = nn.Linear(256, 256)
+    for name in ("query_proj", "key_proj"):
+        layer = getattr(relation, name)
+        for kind, values in layer.named_parameters():
+            assert torch.equal(values, getattr(same, name).get_parameter(kind))
+            assert not torch.equal(values, getattr(other, name).get_parameter(kind))
+            # Uniform, as nn.Linear draws.
+            assert values.abs().max() <= 1 / 16
+            assert values.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.01 if kind == "weight" else 0.15)
+            assert (values.dtype, values.requires_grad) == (torch.float32, True)
+            assert not torch.equal(values, linear.get_parameter(kind))
+    assert not torch.equal(relation.query_proj.weight, relation.key_proj.weight)
+    assert torch.equal(relation.layer_norm_mask.weight, torch.ones(256))
+
+
 def test_a_schedule_sets_another_objective():
     teacher, student = pair()
     infosam = InfoSAMLoss(DIM)
@@ -509,7 +552,7 @@ def test_an_objective_is_checked_when_it_is_set():
 
 
 def test_state_dict_is_that_of_the_relation():
-    infosam, other = InfoSAMLoss(DIM), InfoSAMLoss(DIM)
+    infosam, other = InfoSAMLoss(DIM), InfoSAMLoss(DIM, generator=torch.Generator().manual_seed(0))
     teacher, student = pair()
     infosam(teacher, in_training(student))
     state = infosam.state_dict()
@@ -649,10 +692,17 @@ def test_token_must_be_first_all_or_an_index(token):
 
 @pytest.mark.parametrize("dim", [0, -3, 2.0, True, None, "256"])
 def test_dim_must_be_a_positive_integer(dim):
-    message = rf"RelationModule: dim must be a positive integer, got {re.escape(repr(dim))}; 256 is that of every SAM"
+    message = rf"dim must be a positive integer, got {re.escape(repr(dim))}; 256 is that of every SAM"
     for build in (RelationModule, InfoSAMLoss):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{build.__name__}: {message}"):
             build(dim)
+
+
+def test_generator_must_be_one():
+    for build in (RelationModule, InfoSAMLoss):
+        message = rf"{build.__name__}: generator must be a torch.Generator, got int; torch\.Generator\(\)\.manual"
+        with pytest.raises(TypeError, match=message):
+            build(DIM, generator=0)
 
 
 # Refusals: implementations.
