@@ -73,14 +73,14 @@ def _concatenate(own: Samples, past: Samples) -> Samples:
 
 def _kept(samples: Samples, n: int) -> Samples:
     """Return copies of the first samples and of the images they need, finite and without gradient."""
-    image_features, images, *of_samples = samples
+    image_features, images, *others = samples
     if images is None:
         image_features = image_features[:n]
     else:
         needed = sorted(set(images[:n]))
         image_features = image_features[needed]
         images = [needed.index(image) for image in images[:n]]
-    first = [image_features, *(value[:n] for value in of_samples)]
+    first = [image_features, *(value[:n] for value in others)]
     # Copies, as the buffers of a teacher may be written again.
     maps, *rest = (torch.nan_to_num(value.detach(), 0.0, 0.0, 0.0) for value in first)
     return Samples(maps, images, *rest)

@@ -34,11 +34,11 @@ Join = Callable[[Samples], Samples]
 
 def images_of_parts(images: Sequence[Sequence[int] | None], n_images: Sequence[int]) -> list[int] | None:
     """Return the image of each sample of all parts, of which each counts its images from 0."""
-    if all(of_part is None for of_part in images):
+    if all(part is None for part in images):
         return None
     firsts = accumulate(n_images[:-1], initial=0)
     return [
         first + image
-        for first, n, of_part in zip(firsts, n_images, images, strict=True)
-        for image in (range(n) if of_part is None else of_part)
+        for first, n, part in zip(firsts, n_images, images, strict=True)
+        for image in (range(n) if part is None else part)
     ]

@@ -42,7 +42,7 @@ def _teacher_pass_kernel(
     """Write the scores of n_steps tiles of pixels of all images, and the products of the images over them."""
     images = tl.arange(0, BLOCK_B)
     in_b = images < n_images
-    of_image = images.to(tl.int64) * x_stride_b
+    image_places = images.to(tl.int64) * x_stride_b
     gram = tl.zeros((BLOCK_B, BLOCK_B), tl.float32)
     for step in range(n_steps):
         pixels = (tl.program_id(0) * n_steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -53,14 +53,14 @@ def _teacher_pass_kernel(
         mean = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
         squares = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
         along = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-        of_direction = tl.zeros((BLOCK_B,), tl.float32)
+        direction_sum = tl.zeros((BLOCK_B,), tl.float32)
         for first in range(0, n_channels, BLOCK_C):
             channels = first + tl.arange(0, BLOCK_C)
             in_c = channels < n_channels
             inside = in_bp[:, None, :] & in_c[None, :, None]
-            of_channel = channels.to(tl.int64) * x_stride_c
+            channel_places = channels.to(tl.int64) * x_stride_c
             x = tl.load(
-                x_ptr + of_image[:, None, None] + of_channel[None, :, None] + places[None, None, :],
+                x_ptr + image_places[:, None, None] + channel_places[None, :, None] + places[None, None, :],
                 mask=inside, other=0.0,
             )  # fmt: skip
             rows = tl.reshape(x, (BLOCK_B, BLOCK_C * BLOCK_P))
@@ -77,13 +77,13 @@ def _teacher_pass_kernel(
             y = tl.where(inside, y - anchor[:, None, :], 0.0)
             mean_here = tl.sum(y, 1) / n_here
             y = tl.where(inside, y - mean_here[:, None, :], 0.0)
-            direction_here = tl.sum(w, 1)
+            direction_sum_here = tl.sum(w, 1)
             delta = (mean_here - mean) / (first + n_here)
             squares += tl.sum(y * y, 1) + delta * (mean_here - mean) * (first * 1.0 * n_here)
             along += tl.sum(y * w[:, :, None], 1)
-            along += delta * (first * direction_here - n_here * of_direction)[:, None]
+            along += delta * (first * direction_sum_here - n_here * direction_sum)[:, None]
             mean += delta * n_here
-            of_direction += direction_here
+            direction_sum += direction_sum_here
         rounding = _ROUNDING * (anchor + mean)
         variance = squares / n_channels
         rstd = tl.where(variance > rounding * rounding, 1.0 / tl.sqrt(variance + eps), 0.0)

@@ -69,10 +69,10 @@ def _kernel_tile(
         BLOCK_N, BLOCK_D, KIND == _RBF, PRECISION,
     )  # fmt: skip
     apart = (rows[:, None] != cols[None, :]) & (rows < n_samples)[:, None] & (cols < n_samples)[None, :]
-    of_rows = tl.load(norms_ptr + rows, mask=rows < n_samples, other=0.0)
-    of_cols = tl.load(norms_ptr + cols, mask=cols < n_samples, other=0.0)
+    row_norms = tl.load(norms_ptr + rows, mask=rows < n_samples, other=0.0)
+    col_norms = tl.load(norms_ptr + cols, mask=cols < n_samples, other=0.0)
     if KIND == _RBF:
-        distances = of_rows[:, None] + of_cols[None, :] - 2.0 * product
+        distances = row_norms[:, None] + col_norms[None, :] - 2.0 * product
         # Not tl.maximum, which makes 0 of NaN.
         distances = tl.where(distances < 0.0, 0.0, distances)
         values = tl.where(apart, tl.exp(-0.5 / (scale * scale) * distances), 0.0)

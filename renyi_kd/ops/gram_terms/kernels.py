@@ -104,10 +104,10 @@ def _sum_parts(
 @triton.jit
 def _unit(gram_ptr, rows, columns, inside, n_samples):
     """Return a block of a Gram with unit diagonal, and the scale of its rows and columns; 0 for a zero sample."""
-    of_rows = tl.load(gram_ptr + rows * (n_samples + 1), mask=rows < n_samples, other=0.0)
-    of_columns = tl.load(gram_ptr + columns * (n_samples + 1), mask=columns < n_samples, other=0.0)
-    row_scale = tl.where(of_rows == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_rows == 0, 1.0, of_rows)))
-    column_scale = tl.where(of_columns == 0, 0.0, 1.0 / tl.sqrt(tl.where(of_columns == 0, 1.0, of_columns)))
+    row_norms = tl.load(gram_ptr + rows * (n_samples + 1), mask=rows < n_samples, other=0.0)
+    column_norms = tl.load(gram_ptr + columns * (n_samples + 1), mask=columns < n_samples, other=0.0)
+    row_scale = tl.where(row_norms == 0, 0.0, 1.0 / tl.sqrt(tl.where(row_norms == 0, 1.0, row_norms)))
+    column_scale = tl.where(column_norms == 0, 0.0, 1.0 / tl.sqrt(tl.where(column_norms == 0, 1.0, column_norms)))
     gram = tl.load(gram_ptr + rows[:, None] * n_samples + columns[None, :], mask=inside, other=0.0)
     unit = gram * row_scale[:, None] * column_scale[None, :]
     diagonal = (rows[:, None] == columns[None, :]) & inside
@@ -119,8 +119,8 @@ def _unit(gram_ptr, rows, columns, inside, n_samples):
 def _through_unit_diagonal(grad, unit, row_scale, column_scale, diagonal):
     """Return twice the gradient of the raw Gram from that of the one with unit diagonal."""
     grad = tl.where(diagonal, 0.0, grad)
-    of_diagonal = -tl.sum(grad * unit, 1) * row_scale * row_scale
-    return 2.0 * tl.where(diagonal, of_diagonal[:, None], grad * row_scale[:, None] * column_scale[None, :])
+    diagonal_grad = -tl.sum(grad * unit, 1) * row_scale * row_scale
+    return 2.0 * tl.where(diagonal, diagonal_grad[:, None], grad * row_scale[:, None] * column_scale[None, :])
 
 
 @triton.jit
@@ -143,10 +143,10 @@ def _gram_terms_fwd_kernel(
     tl.debug_barrier()
     columns = tl.arange(0, BLOCK_S)
     in_columns = columns < n_samples
-    of_teacher = tl.zeros((BLOCK_R,), tl.float64)
-    of_student = tl.zeros((BLOCK_R,), tl.float64)
-    of_joint = tl.zeros((BLOCK_R,), tl.float64)
-    of_both = tl.zeros((BLOCK_R,), tl.float64)
+    teacher_squares = tl.zeros((BLOCK_R,), tl.float64)
+    student_squares = tl.zeros((BLOCK_R,), tl.float64)
+    joint_squares = tl.zeros((BLOCK_R,), tl.float64)
+    both_sums = tl.zeros((BLOCK_R,), tl.float64)
     for block in range(tl.cdiv(n_samples, BLOCK_R)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (rows < n_samples)[:, None] & in_columns[None, :]
@@ -155,15 +155,15 @@ def _gram_terms_fwd_kernel(
         teacher, _, _ = _unit(teacher_ptr, rows, columns, inside, n_samples)
         student, _, _ = _unit(student_ptr, rows, columns, inside, n_samples)
         joint, both = image * token * teacher, teacher * student
-        of_teacher += tl.sum(teacher * teacher, 1)
-        of_student += tl.sum(student * student, 1)
-        of_joint += tl.sum(joint * joint, 1)
+        teacher_squares += tl.sum(teacher * teacher, 1)
+        student_squares += tl.sum(student * student, 1)
+        joint_squares += tl.sum(joint * joint, 1)
         if CAUCHY_SCHWARZ:
-            of_both += tl.sum(both, 1)
+            both_sums += tl.sum(both, 1)
         else:
-            of_both += tl.sum(both * both, 1)
-    q_teacher, q_student = tl.sum(of_teacher, 0), tl.sum(of_student, 0)
-    q_joint, q_both = tl.sum(of_joint, 0), tl.sum(of_both, 0)
+            both_sums += tl.sum(both * both, 1)
+    q_teacher, q_student = tl.sum(teacher_squares, 0), tl.sum(student_squares, 0)
+    q_joint, q_both = tl.sum(joint_squares, 0), tl.sum(both_sums, 0)
     compression = tl.log2(q_joint) - tl.log2(q_teacher)
     if CAUCHY_SCHWARZ:
         least = _LEAST_PRODUCT * tl.cast(n_samples, tl.float64)
@@ -216,20 +216,20 @@ def _gram_terms_bwd_kernel(
     BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one stretch of the teacher's or the student's maps."""
-    on_compression = tl.zeros((), tl.float64)
-    on_distillation = tl.zeros((), tl.float64)
+    compression_weight = tl.zeros((), tl.float64)
+    distillation_weight = tl.zeros((), tl.float64)
     if grad_loss_ptr is not None:
         grad_loss = tl.load(grad_loss_ptr).to(tl.float32).to(tl.float64)
-        on_compression += lambda_r * grad_loss
-        on_distillation += lambda_d * grad_loss
+        compression_weight += lambda_r * grad_loss
+        distillation_weight += lambda_d * grad_loss
     if grad_compression_ptr is not None:
-        on_compression += tl.load(grad_compression_ptr).to(tl.float32).to(tl.float64)
+        compression_weight += tl.load(grad_compression_ptr).to(tl.float32).to(tl.float64)
     if grad_distillation_ptr is not None:
-        on_distillation += tl.load(grad_distillation_ptr).to(tl.float32).to(tl.float64)
-    of_student = tl.program_id(1) == 1
+        distillation_weight += tl.load(grad_distillation_ptr).to(tl.float32).to(tl.float64)
+    is_student = tl.program_id(1) == 1
     scores_ptr = teacher_ptr
     grad_ptr = grad_teacher_ptr
-    if of_student:
+    if is_student:
         scores_ptr = student_ptr
         grad_ptr = grad_student_ptr
     size = n_samples * n_samples
@@ -239,11 +239,11 @@ def _gram_terms_bwd_kernel(
     grad = tl.zeros((BLOCK_S, BLOCK_L), tl.float64)
     for j in range(n_samples):
         entries = mix_ptr + samples * n_samples + j
-        if of_student:
-            weights = on_distillation * tl.load(entries + 2 * size, mask=in_s, other=0.0)
+        if is_student:
+            weights = distillation_weight * tl.load(entries + 2 * size, mask=in_s, other=0.0)
         else:
-            weights = on_compression * tl.load(entries, mask=in_s, other=0.0)
-            weights += on_distillation * tl.load(entries + size, mask=in_s, other=0.0)
+            weights = compression_weight * tl.load(entries, mask=in_s, other=0.0)
+            weights += distillation_weight * tl.load(entries + size, mask=in_s, other=0.0)
         row = tl.load(scores_ptr + tl.cast(j, tl.int64) * n_scores + places, mask=in_l, other=0.0)
         grad += weights[:, None] * row.to(tl.float32).to(tl.float64)[None, :]
     tl.store(

@@ -95,5 +95,5 @@ class _RelationDirections(torch.autograd.Function):
                 feature_weight=(dw * u).sum(0),
                 feature_bias=(dc * u).sum(0),
             )
-        of_parameters = (gradient.to(p.dtype) for gradient, p in zip(gradients, parameters, strict=True))
-        return grad_tokens.view(mask_tokens.shape).to(mask_tokens.dtype), None, *of_parameters
+        grad_parameters = (gradient.to(p.dtype) for gradient, p in zip(gradients, parameters, strict=True))
+        return grad_tokens.view(mask_tokens.shape).to(mask_tokens.dtype), None, *grad_parameters

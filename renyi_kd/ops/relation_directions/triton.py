@@ -126,14 +126,14 @@ def _relation_weights_bwd_kernel(
     j = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     in_i, in_j = i < n_channels, j < n_channels
     norm_weight, norm_bias = _load(norm_weight_ptr, i, in_i), _load(norm_bias_ptr, i, in_i)
-    of_query = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
-    of_key = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
-    of_norm_weight = tl.zeros((BLOCK_W,), tl.float32)
-    of_norm_bias = tl.zeros((BLOCK_W,), tl.float32)
-    of_feature_weight = tl.zeros((BLOCK_W,), tl.float32)
-    of_feature_bias = tl.zeros((BLOCK_W,), tl.float32)
-    of_query_bias = tl.zeros((BLOCK_W,), tl.float32)
-    of_key_bias = tl.zeros((BLOCK_W,), tl.float32)
+    query_sums = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
+    key_sums = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
+    norm_weight_sums = tl.zeros((BLOCK_W,), tl.float32)
+    norm_bias_sums = tl.zeros((BLOCK_W,), tl.float32)
+    feature_weight_sums = tl.zeros((BLOCK_W,), tl.float32)
+    feature_bias_sums = tl.zeros((BLOCK_W,), tl.float32)
+    query_bias_sums = tl.zeros((BLOCK_W,), tl.float32)
+    key_bias_sums = tl.zeros((BLOCK_W,), tl.float32)
     for first in range(0, n_tokens, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         in_r = r < n_tokens
@@ -147,29 +147,29 @@ def _relation_weights_bwd_kernel(
         grad_u = _load(grad_u_ptr, rows + i[None, :], in_ri)
         # Past the last token m is the bias, and its gradient 0.
         m = unit * norm_weight[None, :] + norm_bias[None, :]
-        of_query = tl.dot(tl.trans(grad_query), m, of_query, input_precision="ieee")
-        of_key = tl.dot(tl.trans(query), grad_u, of_key, input_precision="ieee")
+        query_sums = tl.dot(tl.trans(grad_query), m, query_sums, input_precision="ieee")
+        key_sums = tl.dot(tl.trans(query), grad_u, key_sums, input_precision="ieee")
         grad_m = _load(grad_m_ptr, rows + i[None, :], in_ri)
         u = _load(u_ptr, rows + i[None, :], in_ri)
-        of_norm_weight += tl.sum(grad_m * unit, 0)
-        of_norm_bias += tl.sum(grad_m, 0)
+        norm_weight_sums += tl.sum(grad_m * unit, 0)
+        norm_bias_sums += tl.sum(grad_m, 0)
         grad_directions = _load(grad_directions_ptr, tokens[:, None] * direction_stride_r + i[None, :], in_ri)
-        of_feature_weight += tl.sum(grad_directions * u, 0)
-        of_feature_bias += tl.sum(grad_offsets * u, 0)
-        of_query_bias += tl.sum(grad_query, 0)
-        of_key_bias += tl.sum(grad_offsets * query, 0)
+        feature_weight_sums += tl.sum(grad_directions * u, 0)
+        feature_bias_sums += tl.sum(grad_offsets * u, 0)
+        query_bias_sums += tl.sum(grad_query, 0)
+        key_bias_sums += tl.sum(grad_offsets * query, 0)
     places = j.to(tl.int64)[:, None] * n_channels + i[None, :]
     in_tile = in_j[:, None] & in_i[None, :]
-    _store_sum(grad_query_weight_ptr, places, of_query, in_tile)
-    _store_sum(grad_key_weight_ptr, places, of_key, in_tile)
+    _store_sum(grad_query_weight_ptr, places, query_sums, in_tile)
+    _store_sum(grad_key_weight_ptr, places, key_sums, in_tile)
     if tl.program_id(1) == 0:
-        _store_sum(grad_norm_weight_ptr, i, of_norm_weight, in_i)
-        _store_sum(grad_norm_bias_ptr, i, of_norm_bias, in_i)
-        _store_sum(grad_feature_weight_ptr, i, of_feature_weight, in_i)
-        _store_sum(grad_feature_bias_ptr, i, of_feature_bias, in_i)
+        _store_sum(grad_norm_weight_ptr, i, norm_weight_sums, in_i)
+        _store_sum(grad_norm_bias_ptr, i, norm_bias_sums, in_i)
+        _store_sum(grad_feature_weight_ptr, i, feature_weight_sums, in_i)
+        _store_sum(grad_feature_bias_ptr, i, feature_bias_sums, in_i)
     if tl.program_id(0) == 0:
-        _store_sum(grad_query_bias_ptr, j, of_query_bias, in_j)
-        _store_sum(grad_key_bias_ptr, j, of_key_bias, in_j)
+        _store_sum(grad_query_bias_ptr, j, query_bias_sums, in_j)
+        _store_sum(grad_key_bias_ptr, j, key_bias_sums, in_j)
 
 
 def block_sizes(n_channels: int) -> dict[str, int]:

@@ -66,8 +66,8 @@ class _RelationScores(torch.autograd.Function):
         found = []
         with torch.autocast(image_features.device.type, enabled=False):
             for _, x in _parts(image_features, directions.dtype):
-                found.append(_of_neighbours(x, directions) if x.stride(1) == 1 else _of_planes(x, directions))
-            products, mean, variance = (torch.cat(of_parts, 2) for of_parts in zip(*found, strict=True))
+                found.append(_neighbour_sums(x, directions) if x.stride(1) == 1 else _plane_sums(x, directions))
+            products, mean, variance = (torch.cat(pieces, 2) for pieces in zip(*found, strict=True))
             alive = variance > (4 * torch.finfo(mean.dtype).eps * mean).square()
             rstd = (variance + eps).rsqrt_().mul_(alive)
             # Rounding leaves the directions a mean, which a large mean of the pixels would make visible.
@@ -141,7 +141,7 @@ def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(top * width, bottom * width), image_features[:, :, top:bottom].flatten(2).to(dtype)
 
 
-def _of_planes(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plane_sums(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return products of pixels and directions ``[b, m, pixels]``, means and variances ``[b, 1, pixels]``."""
     averaging = directions.new_full((len(x), 1, x.shape[1]), 1 / x.shape[1])
     sums = torch.bmm(torch.cat([directions, averaging], 1), x)
@@ -158,7 +158,7 @@ def _of_planes(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return products, mean, variance
 
 
-def _of_neighbours(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbour_sums(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same where the channels of a pixel lie side by side."""
     # Tall with few columns, which is the quicker way round.
     products = torch.bmm(x.mT, directions.mT)
@@ -167,8 +167,8 @@ def _of_neighbours(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tenso
     for images, pixels in _blocks_of_pixels(x):
         block = x.mT[images, pixels]
         memory = _memory_for(block, memory)
-        of_block = torch.mean(block, 2, keepdim=True, out=mean[images, pixels])
-        deviations = torch.sub(block, of_block, out=memory)
+        block_mean = torch.mean(block, 2, keepdim=True, out=mean[images, pixels])
+        deviations = torch.sub(block, block_mean, out=memory)
         norm[images, pixels] = torch.linalg.vector_norm(deviations, dim=2, keepdim=True)
     return products.mT, mean.mT, norm.square_().div_(x.shape[1]).mT
 

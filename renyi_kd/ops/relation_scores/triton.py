@@ -114,14 +114,14 @@ def _relation_scores_bwd_kernel(
                 along += w[:, None] * g[None, :]
                 projection += g * tl.sum(centred * w[:, None], 0)
             if NEEDS_DIRECTIONS:
-                of_row = partial_ptr + (row * n_programs + first) * (n_channels + 1)
+                row_ptr = partial_ptr + (row * n_programs + first) * (n_channels + 1)
                 sums, total = tl.sum(centred * (g * rstd)[None, :], 1), tl.sum(g, 0)
                 # The row is this program's own; its first tile finds nothing there.
                 if step > 0:
-                    sums += tl.load(of_row + channels, mask=in_c, other=0.0)
-                    total += tl.load(of_row + n_channels)
-                tl.store(of_row + channels, sums, mask=in_c)
-                tl.store(of_row + n_channels, total)
+                    sums += tl.load(row_ptr + channels, mask=in_c, other=0.0)
+                    total += tl.load(row_ptr + n_channels)
+                tl.store(row_ptr + channels, sums, mask=in_c)
+                tl.store(row_ptr + n_channels, total)
                 # The threads that read the row at the next tile may not be those that wrote it.
                 tl.debug_barrier()
         if NEEDS_X:
