@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from renyi_kd.ops.autograd import refuse_second_derivative
-from renyi_kd.ops.huge_pages import advise_huge_pages
 
 # 2 MiB in fp32, of which each of two cores has half in its L2 cache while it is summed over.
 _BLOCK_ELEMENTS = 2**19
@@ -201,5 +200,5 @@ def _empty_gradient(image_features: Tensor) -> Tensor:
     """Return an uninitialised map of the same shape whose pixels merge, channels last if the map's are."""
     n_images, n_channels, height, width = image_features.shape
     if image_features.stride(1) == 1:
-        return advise_huge_pages(image_features.new_empty(n_images, height, width, n_channels)).permute(0, 3, 1, 2)
-    return advise_huge_pages(image_features.new_empty(n_images, n_channels, height, width))
+        return image_features.new_empty(n_images, height, width, n_channels).permute(0, 3, 1, 2)
+    return image_features.new_empty(n_images, n_channels, height, width)
