@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd.gram import RBF, KernelName, KnownKernel, known_kernel
-from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.gram_moment import gram_moment
 
 # The median distance of so many samples has an error of about 1 %, and takes 16 MiB.
@@ -51,6 +51,7 @@ def feature_entropy(
     2.0
 
     """
+    check_impl("feature_entropy", impl)
     kernels = _checked_kernels("feature_entropy", features, kernel)
     return _entropy(features, kernels, impl)
 
@@ -86,6 +87,7 @@ def feature_mutual_information(
 
     """
     features = a, b
+    check_impl("feature_mutual_information", impl)
     kernels = _checked_kernels("feature_mutual_information", features, kernel)
     apart = [_entropy([x], [k], impl) for x, k in zip(features, kernels, strict=True)]
     return apart[0] + apart[1] - _entropy(features, kernels, impl)

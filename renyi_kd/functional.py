@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
-from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures, check_features
@@ -95,6 +95,7 @@ def infosam_terms(
         )
     objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
     check_objective("infosam_terms", objective)
+    check_impl("infosam_terms", impl)
     check_features("infosam_terms", "teacher", teacher)
     check_features("infosam_terms", "student", student)
     scope = Scope(global_batch)

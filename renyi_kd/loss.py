@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
 from renyi_kd.functional import relation_terms
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
-from renyi_kd.ops.dispatch import Impl, resolve
+from renyi_kd.ops.dispatch import Impl, check_impl, resolve
 from renyi_kd.relation import RelationModule, check_start
 from renyi_kd.sam.features import SAMFeatures, check_features
 from renyi_kd.sam.inputs import CompareInputs, Comparison
@@ -31,7 +31,8 @@ class InfoSAMLoss(nn.Module):
 
     It owns the relation module, whose parameters belong in the optimiser beside the student's:
     ``AdamW([*trainable, *infosam_loss.parameters()])``, and its state dict is that of the relation module under
-    ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`.
+    ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`. Weights, order and form are its
+    ``objective``, which a schedule replaces; see :class:`Objective`.
 
     Args:
         dim: channels of image features and mask tokens; 256 in every released SAM.
@@ -90,6 +91,7 @@ class InfoSAMLoss(nn.Module):
             raise ValueError(
                 f"InfoSAMLoss: bank_size must be a number of samples, got {bank_size!r}; 0 takes none of earlier steps"
             )
+        check_impl("InfoSAMLoss", impl)
         resolve(impl)
         self.relation = RelationModule(dim, generator=generator)
         self.token: Token = token

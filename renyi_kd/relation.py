@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from renyi_kd.ops.dispatch import Impl
+from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.sam.features import SAMFeatures, check_features, image_of_samples
@@ -83,9 +83,11 @@ class RelationModule(nn.Module):
             impl: implementation of the pass over the features.
 
         Raises:
-            ValueError: the features do not have ``dim`` channels, or are on another device than the module.
+            ValueError: the features do not have ``dim`` channels, or are on another device than the module; or there is
+                no such ``impl``.
 
         """
+        check_impl("RelationModule", impl)
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         tokens = mask_tokens.to(torch.promote_types(mask_tokens.dtype, dtype))
         relation = self.value(mask_tokens)

@@ -48,8 +48,7 @@ def implementation(*tensors: Tensor, impl: Impl = "auto", limits: Sequence[str] 
     'reference'
 
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"renyi_kd: impl must be one of {get_args(Impl)}, got {impl!r}; 'auto' is always right")
+    check_impl("implementation", impl)
     if impl == "reference":
         return Implementation("reference", "impl='reference' asks for it")
     if impl == "auto" and not (tensors and all(tensor.is_cuda for tensor in tensors)):
@@ -64,6 +63,12 @@ def implementation(*tensors: Tensor, impl: Impl = "auto", limits: Sequence[str] 
             "use impl='auto', which takes the reference there"
         )
     return Implementation("reference", obstacle)
+
+
+def check_impl(function: str, impl: Impl) -> None:
+    """Raise ValueError unless there is such a choice; ``function`` begins the message."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"{function}: impl must be one of {get_args(Impl)}, got {impl!r}; 'auto' is always right")
 
 
 def resolve(impl: Impl, *tensors: Tensor, limits: Sequence[str] = ()) -> Literal["reference", "triton"]:
