@@ -25,10 +25,10 @@ class Linear:
 class RBF:
     """The kernel ``exp(-||x_i - x_j||^2 / (2 bandwidth^2))``.
 
-    Samples may lie any number of bandwidths apart: distances are those of the differences, or expanded in fp64, which
-    is beyond what fp32 features resolve. The Triton kernel of :func:`feature_entropy` expands them in fp32, and is off
-    by about ``1e-7 R^2`` bits for features that reach R bandwidths from their mean; take ``impl="reference"`` for R
-    above a hundred.
+    Samples may lie any number of bandwidths apart: distances of fp64 features are those of their differences, and those
+    of others are expanded in fp64, which has more digits than they can lose. The Triton kernel of
+    :func:`feature_entropy` expands them in fp32: where features reach R > 3 bandwidths from their mean, it is off by up
+    to ``1e-7 R^2`` bits. Take ``impl="reference"`` for R above a hundred.
 
     Args:
         bandwidth: in the unit of the features, above 0. ``"median"``: the square root of the median squared distance

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, gram, infosam_terms
+from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, feature_entropy, gram, infosam_terms
 from renyi_kd.ops import dispatch
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.gram_moment import gram_moment
@@ -559,6 +559,17 @@ def test_moment_of_what_is_not_finite_is_not_finite(kernel, bad):
     (x,) = samples(8, 1)
     x[3, 2] = bad
     assert not gram_moment([x], [kernel], impl="triton").isfinite()
+
+
+@pytest.mark.parametrize("reach", [10, 100, 1000])
+@pytest.mark.parametrize("n_features", [3, 64])
+def test_digits_of_rbf_distances_are_as_documented(reach, n_features):
+    x = randn(64, n_features) / n_features**0.5
+    x[32:] += 2 * reach / n_features**0.5
+    (x,) = on_device(x)
+    assert 0.9 < (x - x.mean(0)).norm(dim=1).max() / reach < 1.3
+    fast, right = (feature_entropy(x, kernel=gram.RBF(1.0), impl=impl).item() for impl in ("triton", "reference"))
+    assert abs(fast - right) < 1e-7 * reach**2
 
 
 def test_moment_of_one_sample_is_one():

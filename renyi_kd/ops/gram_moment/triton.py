@@ -5,8 +5,8 @@ writes one partial sum; a program of the backward walks along one block of rows,
 them with the rows of one variable. Partial sums are added in fp64, without atomics: results repeat bit for bit. Extra
 memory: one number per tile, and per variable two per sample.
 
-fp16, bf16 and fp32, any strides; products of fp32 on tensor cores in three parts, exact to fp32. First derivatives
-only.
+fp16, bf16 and fp32, any strides; products of fp32 on tensor cores in three parts, exact to fp32. RBF distances are
+expanded from them, unlike the reference's: :class:`RBF` says how far that carries. First derivatives only.
 """
 
 from __future__ import annotations
