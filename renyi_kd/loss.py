@@ -6,6 +6,7 @@ import warnings
 import weakref
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose

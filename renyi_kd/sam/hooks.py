@@ -198,7 +198,7 @@ def _respond_uncompiled(hook: _Hook, *call: Any) -> None:
     torch.compiler.disable(hook._respond)(*call)  # type: ignore[no-untyped-call]
 
 
-# What torch.compiler.disable sets, which at this place would import the compiler. The reason is what fullgraph=True says.
+# What torch.compiler.disable sets, which here would import the compiler. The reason is what fullgraph=True says.
 _respond_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 _respond_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
     "tap: a model with a tap must be compiled without fullgraph=True, as hooks cannot be traced; leave it out, or "

@@ -13,10 +13,9 @@ from benchmarks.segmentation.distillers.attention import IBD, SemCKD
 from benchmarks.segmentation.distillers.base import Distiller, NoDistillation
 from benchmarks.segmentation.distillers.features import PKD, PKT, VID
 from benchmarks.segmentation.distillers.outputs import Logit
-from benchmarks.segmentation.distillers.relations import InfoSAM, WithRelation
+from benchmarks.segmentation.distillers.relations import InfoSAM, WithRelation, seeded_loss
 from benchmarks.segmentation.distillers.review import ReviewKD
 from benchmarks.segmentation.distillers.sam import MobileSAM, TinySAM
-from renyi_kd import InfoSAMLoss
 
 __all__ = ["DISTILLERS", "Distiller", "InfoSAM", "make", "needs_layers"]
 
@@ -35,15 +34,15 @@ _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "reviewkd": lambda dim, layers: ReviewKD(layers),
     "tinysam": lambda dim, layers: TinySAM(),
     "mobilesam": lambda dim, layers: MobileSAM(),
-    "infosam": lambda dim, layers: InfoSAM(InfoSAMLoss(dim)),
-    "infosam_no_lr": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_r=0.0)),
-    "infosam_no_ld": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_d=0.0)),
-    "infosam_tenth": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, lambda_r=0.1, lambda_d=0.05)),
-    "infosam_alpha_1": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=1.0)),
-    "infosam_alpha_3": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, alpha=3.0)),
-    "infosam_detached": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, detach_teacher_relation=True)),
-    "infosam_bank": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, bank_size=BANK_SIZE)),
-    "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(InfoSAMLoss(dim, distillation="cauchy_schwarz")),
+    "infosam": lambda dim, layers: InfoSAM(seeded_loss(dim)),
+    "infosam_no_lr": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_r=0.0)),
+    "infosam_no_ld": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_d=0.0)),
+    "infosam_tenth": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_r=0.1, lambda_d=0.05)),
+    "infosam_alpha_1": lambda dim, layers: InfoSAM(seeded_loss(dim, alpha=1.0)),
+    "infosam_alpha_3": lambda dim, layers: InfoSAM(seeded_loss(dim, alpha=3.0)),
+    "infosam_detached": lambda dim, layers: InfoSAM(seeded_loss(dim, detach_teacher_relation=True)),
+    "infosam_bank": lambda dim, layers: InfoSAM(seeded_loss(dim, bank_size=BANK_SIZE)),
+    "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(seeded_loss(dim, distillation="cauchy_schwarz")),
     "mobilesam_relation": lambda dim, layers: WithRelation(MobileSAM(), dim),
     "tinysam_relation": lambda dim, layers: WithRelation(TinySAM(), dim),
 }

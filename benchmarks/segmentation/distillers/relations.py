@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from benchmarks.segmentation.distillers.base import Distiller
 from benchmarks.segmentation.observation import Observation
 from renyi_kd import InfoSAMLoss, InfoSAMTerms, SAMFeatures
+
+
+def seeded_loss(dim: int, **settings: Any) -> InfoSAMLoss:
+    """Return a loss whose relation module begins otherwise in every run, by the seed that torch was given for it."""
+    return InfoSAMLoss(dim, **settings, generator=torch.Generator().manual_seed(torch.initial_seed()))
 
 
 class InfoSAM(Distiller):
@@ -58,7 +65,7 @@ class WithRelation(Distiller):
     def __init__(self, plain: Distiller, dim: int) -> None:
         super().__init__()
         self.plain = plain
-        self.infosam = InfoSAMLoss(dim, lambda_r=1.0, lambda_d=0.0)
+        self.infosam = seeded_loss(dim, lambda_r=1.0, lambda_d=0.0)
         self.terms: tuple[Tensor, Tensor] | None = None
 
     def loss(self, teacher: Observation, student: Observation, batch: Mapping[str, Tensor]) -> Tensor:
