@@ -70,10 +70,8 @@ class Hooks:
         """Read mask decoders, and what reaches the encoders beside them."""
         self.decoders = decoders
         self._token_modules = [decoder.token_modules for decoder in decoders]
-        self.prompt_encoder = prompt_encoder_of(model, decoders[0].name)
+        self._attach_to_prompt_encoder(prompt_encoder_of(model, decoders[0].name))
         self._attach_to_image_encoder(image_encoder_of(model, decoders[0].name))
-        if self.prompt_encoder is not None:
-            self.before(self.prompt_encoder, lambda tap, *call: tap.recording.see_prompts(seen(*call[:3])))
         for decoder in decoders:
             self._attach_to_decoder(decoder, reads_prompts=self.prompt_encoder is None)
 
@@ -96,11 +94,18 @@ class Hooks:
             self._attach_to_image_encoder(module)
         for module in modules_at(model, "mask_tokens", mask_tokens):
             self.after(module, add_tokens)
+        path = mask_tokens if isinstance(mask_tokens, str) else mask_tokens[0]
+        self._attach_to_prompt_encoder(prompt_encoder_of(model, path))
 
     def hypernetworks_changed(self) -> bool:
         """Return whether a decoder has other hypernetworks than when it was tapped."""
         now = [decoder.token_modules for decoder in self.decoders]
         return any(len(a) != len(b) or any(map(_is_other, a, b)) for a, b in zip(self._token_modules, now, strict=True))
+
+    def _attach_to_prompt_encoder(self, encoder: nn.Module | None) -> None:
+        self.prompt_encoder = encoder
+        if encoder is not None:
+            self.before(encoder, lambda tap, *call: tap.recording.see_prompts(seen(*call[:3])))
 
     def _attach_to_image_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is None:
