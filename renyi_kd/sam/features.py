@@ -118,17 +118,17 @@ def images_of_pair(
 
     """
     for member in ("image_features", "mask_tokens"):
-        of_teacher, of_student = getattr(teacher, member), getattr(student, member)
-        if of_teacher.shape != of_student.shape:
+        teacher_value, student_value = getattr(teacher, member), getattr(student, member)
+        if teacher_value.shape != student_value.shape:
             raise ValueError(
-                f"{function}: {member} of teacher and student must have one shape, got {tuple(of_teacher.shape)} "
-                f"and {tuple(of_student.shape)}; run both on the same images and prompts at one size, and call "
+                f"{function}: {member} of teacher and student must have one shape, got {tuple(teacher_value.shape)} "
+                f"and {tuple(student_value.shape)}; run both on the same images and prompts at one size, and call "
                 "clear() on the student's tap after a step whose loss was skipped"
             )
-        if of_teacher.device != of_student.device:
+        if teacher_value.device != student_value.device:
             raise ValueError(
-                f"{function}: {member} of teacher and student must be on one device, got {of_teacher.device} and "
-                f"{of_student.device}; move one of the models"
+                f"{function}: {member} of teacher and student must be on one device, got {teacher_value.device} and "
+                f"{student_value.device}; move one of the models"
             )
     n_samples = len(student.mask_tokens)
     if n_samples < least:

@@ -207,8 +207,10 @@ def _kinds(each: Seen) -> Iterator[tuple[str, Tensor]]:
 def _is_one(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
-    of_one = storage_of(a) is not None and storage_of(a) == storage_of(b) and version(a) == version(b)
-    return of_one and a.storage_offset() == b.storage_offset() and a.shape == b.shape and a.stride() == b.stride()
+    in_one_version = storage_of(a) is not None and storage_of(a) == storage_of(b) and version(a) == version(b)
+    return (
+        in_one_version and a.storage_offset() == b.storage_offset() and a.shape == b.shape and a.stride() == b.stride()
+    )
 
 
 def _difference_of_values(pairs: Sequence[_Pair]) -> str | None:

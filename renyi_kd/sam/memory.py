@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# Those of which models hold hundreds, and which are no subclass that hides its memory.
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Snapshot(NamedTuple):
     """A value as it was: containers copied, tensors kept with their versions.
@@ -42,6 +45,8 @@ def version(tensor: Tensor) -> int:
 
 def storage_of(value: Any) -> int | None:
     """Return the address of the memory that a tensor or an array is a part of; None where there is none."""
+    if type(value) in _PLAIN and value.layout is torch.strided:
+        return value.untyped_storage().data_ptr() or None
     interface = getattr(value, "__array_interface__", None)
     if interface is not None and not isinstance(value, Tensor):
         base = value

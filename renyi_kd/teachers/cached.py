@@ -21,7 +21,7 @@ from renyi_kd.teachers.encoder_cache import (
     EncoderCache,
     Entry,
     fingerprint,
-    of_image,
+    image_part,
     probe,
     show_other_images,
     some_numbers,
@@ -151,8 +151,8 @@ class CachedTeacher:
             leaves, structure = tree_flatten(encode())
             for row, sample in enumerate(samples):
                 if sample not in entries:
-                    of_row = [of_image(leaf, row, len(images)) for leaf in leaves]
-                    entries[sample] = self._cache.entry(sample, of_row, structure, probes[row])
+                    parts = [image_part(leaf, row, len(images)) for leaf in leaves]
+                    entries[sample] = self._cache.entry(sample, parts, structure, probes[row])
                     fresh[sample] = size, entries[sample]
         found = [entries[sample] for sample in samples]
         if self._check_pixels:

@@ -210,7 +210,7 @@ def fingerprint(module: nn.Module, adapters: str = "") -> str:
     return digest.hexdigest()
 
 
-def of_image(leaf: Any, row: int, n_images: int) -> Tensor:
+def image_part(leaf: Any, row: int, n_images: int) -> Tensor:
     """Return the part of an encoder's output that belongs to one image.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,12 +45,7 @@ class ModelPair:
 
         """
         trained = {storage_of(value) for value in _trained(student.model)} - {None}
-        shared = (
-            name
-            for name, value in (*teacher.model.named_parameters(), *teacher.model.named_buffers())
-            if storage_of(value) in trained
-        )
-        name = next(shared, None)
+        name = next((name for name, value in _values(teacher.model) if storage_of(value) in trained), None)
         if name is not None or teacher.model is student.model:
             raise ValueError(
                 "InfoSAMLoss: teacher and student must be models of their own, got models that share "
@@ -62,10 +58,18 @@ class ModelPair:
             _warn_of_adapters(teacher.model, student.model)
 
 
+def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by name, in one walk; those that several modules share more than once."""
+    for name, module in model.named_modules():
+        for values in (module._parameters, module._buffers):
+            yield from ((f"{name}.{own}".strip("."), value) for own, value in values.items() if value is not None)
+
+
 def _trained(student: nn.Module) -> list[Tensor]:
     """Return what changes as the student is trained: parameters, and running statistics."""
-    trained: list[Tensor] = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained: list[Tensor] = []
     for module in student.modules():
+        trained += [value for value in module._parameters.values() if value is not None and value.requires_grad]
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
             trained += module.buffers(recurse=False)
     return trained
