@@ -20,7 +20,6 @@ from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.bank import SampleBank
 from renyi_kd.samples.scope import Scope
-from renyi_kd.teachers.cached import CachedTeacher
 from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
 
@@ -138,9 +137,9 @@ class InfoSAMLoss(nn.Module):
         step = Step(batch)
         # The student first: what it has collected may be stale, and a teacher's forward takes long.
         if isinstance(student, Tap):
-            frozen = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-            if isinstance(frozen, Tap):
-                self._pair.check(frozen, student)
+            frozen = getattr(teacher, "model", None)
+            if isinstance(frozen, nn.Module):
+                self._pair.check(frozen, student.model)
             self._gradient_watch.look(self.relation, student.model)
             student, step = student.take_step(batch)
         if not isinstance(teacher, SAMFeatures):

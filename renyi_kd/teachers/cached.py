@@ -81,6 +81,11 @@ class CachedTeacher:
         self._weights = ""
         self._known: tuple[Any, ...] = ()
 
+    @property
+    def model(self) -> nn.Module:
+        """The frozen model."""
+        return self.teacher.model
+
     def observe(self, step: Any) -> SAMFeatures:
         """Return the features of a step; the encoder runs where an image of its call is not cached yet.
 

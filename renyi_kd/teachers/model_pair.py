@@ -1,4 +1,4 @@
-"""Whether two tapped models can be teacher and student."""
+"""Whether two models can be teacher and student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from renyi_kd.sam.memory import storage_of
 from renyi_kd.sam.module_paths import plain
-from renyi_kd.sam.tap import Tap
 
 _ADAPTER = re.compile(r"(^|[._])(lora|adapter|adaptor)", re.IGNORECASE)
 
@@ -34,7 +33,7 @@ class ModelPair:
         # What was seen stays with the models of this program.
         return ModelPair, ()
 
-    def check(self, teacher: Tap, student: Tap) -> None:
+    def check(self, teacher: nn.Module, student: nn.Module) -> None:
         """Raise where the teacher would move with the student.
 
         Raises:
@@ -44,18 +43,18 @@ class ModelPair:
             UserWarning: adapters that are trained in the student are part of the teacher too, and not neutral there.
 
         """
-        trained = {storage_of(value) for value in _trained(student.model)} - {None}
-        name = next((name for name, value in _values(teacher.model) if storage_of(value) in trained), None)
-        if name is not None or teacher.model is student.model:
+        trained = {storage_of(value) for value in _trained(student)} - {None}
+        name = next((name for name, value in _values(teacher) if storage_of(value) in trained), None)
+        if name is not None or teacher is student:
             raise ValueError(
                 "InfoSAMLoss: teacher and student must be models of their own, got models that share "
                 f"{'all modules' if name is None else f'the memory of {name}, which is trained'}; copy the teacher "
                 "before PEFT changes the model in place: teacher = tap(copy.deepcopy(model)), or use "
                 "AdapterDisabled(student)"
             )
-        if self._known is None or self._known[0]() is not teacher.model or self._known[1]() is not student.model:
-            self._known = weakref.ref(teacher.model), weakref.ref(student.model)
-            _warn_of_adapters(teacher.model, student.model)
+        if self._known is None or self._known[0]() is not teacher or self._known[1]() is not student:
+            self._known = weakref.ref(teacher), weakref.ref(student)
+            _warn_of_adapters(teacher, student)
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
