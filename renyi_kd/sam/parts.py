@@ -114,7 +114,29 @@ def find_decoders(model: nn.Module) -> list[Decoder]:
     ]
 
 
-def why_unsupported(model: nn.Module) -> str | None:
+def known_decoders(model: nn.Module) -> list[Decoder]:
+    """Return every mask decoder in a model to be tapped.
+
+    Raises:
+        ValueError: there is none that is known.
+
+    """
+    decoders = find_decoders(model)
+    if not decoders:
+        reason = _why_unsupported(model)
+        if reason is not None:
+            raise ValueError(f"tap: model must have mask tokens, got {type(model).__name__}, {reason}")
+        sought = "; ".join(f"a {family.name}: a module with {', '.join(sorted(family.marks))}" for family in FAMILIES)
+        children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
+        raise ValueError(
+            f"tap: model must hold a mask decoder that is known, got {type(model).__name__} with the parts "
+            f"{', '.join(children) or 'none'}; looked for {sought}. Name the places of any other model: "
+            "tap(model, image_features='path.of.module', mask_tokens='path.of.module')"
+        )
+    return decoders
+
+
+def _why_unsupported(model: nn.Module) -> str | None:
     """Return why a model without a known mask decoder has no mask tokens, and the way out; None if it is unknown."""
     for module in model.modules():
         children = {name for name, _ in module.named_children()}

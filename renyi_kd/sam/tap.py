@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from renyi_kd.sam.bound_forward import refuse_forward_of_another_model
+from renyi_kd.sam.explanation import IN_THREADS, why_nothing
 from renyi_kd.sam.features import SAMFeatures
 from renyi_kd.sam.hooks import Hooks, drop_hooks_of_copied_taps, listening_alone
-from renyi_kd.sam.module_paths import Place, plain
-from renyi_kd.sam.parts import FAMILIES, Decoder, find_decoders, why_unsupported
+from renyi_kd.sam.module_paths import Place
+from renyi_kd.sam.parts import known_decoders
 from renyi_kd.sam.recording import Recording
 from renyi_kd.sam.replay import replaying_prompts
 from renyi_kd.sam.run import CallFunction, evaluating, named_errors, positional_names, run_model, runs_of_step
@@ -125,7 +126,7 @@ class Tap:
         # First and last, also where the model is its own decoder: its call lies around those of its parts.
         self._hooks.before(model, lambda tap, _module, args, kwargs, _output: tap._begin_forward(args, kwargs))
         if image_features is None and mask_tokens is None:
-            self._hooks.attach_to_decoders(model, _found_decoders(model))
+            self._hooks.attach_to_decoders(model, known_decoders(model))
         elif image_features is None or mask_tokens is None:
             raise ValueError(
                 "tap: image_features and mask_tokens must be given together, got only one; "
@@ -178,7 +179,7 @@ class Tap:
             )
         if not self.pending:
             if batch is None or self.recording.ran_without_decoder or self.recording.ran_past_its_call:
-                raise RuntimeError(self._explain_nothing("got no batch and nothing collected"))
+                raise RuntimeError(why_nothing(self.model, self._hooks.decoders, self.recording))
             self._run(batch)
         step = Step(batch, tuple(self.recording.runs), self.recording.inputs())
         if batch is not None and not step.ran_on(batch):
@@ -305,18 +306,10 @@ class Tap:
         """Return the features of what was collected, and what else is known of it; and forget it."""
         recording = self.recording
         if not self.pending:
-            raise RuntimeError(
-                self._explain_nothing(
-                    "got a run with nothing collected",
-                    "call the decoder in the forward, run it in tap(model, call=...), or name the places of another",
-                )
-            )
+            raise RuntimeError(why_nothing(self.model, self._hooks.decoders, recording, after_a_run=True))
         self.clear()
         if recording.ran_in_threads:
-            raise RuntimeError(
-                "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
-                "GPU (DistributedDataParallel), or show the process a single GPU"
-            )
+            raise RuntimeError(IN_THREADS)
         if self._hooks.hypernetworks_changed():
             raise RuntimeError(
                 "tap: the mask decoder must have the hypernetworks that it was tapped with, got others; tap the model "
@@ -328,48 +321,6 @@ class Tap:
             image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
         return SAMFeatures(image_features, mask_tokens, image_index), recording
 
-    def _explain_nothing(self, fact: str, way_out: str = "pass a batch or run the model") -> str:
-        names = [plain(decoder.name) or "the model itself" for decoder in self._hooks.decoders]
-        if self.recording.ran_in_threads:
-            return (
-                "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per "
-                "GPU (DistributedDataParallel), or show the process a single GPU"
-            )
-        if self.recording.ran_without_gradient:
-            return (
-                f"tap: the model must run with gradient to be a student, {fact}: its mask decoder ran without "
-                "gradient, as in a forward or predictor decorated with torch.no_grad (Meta's Sam.forward), under "
-                "torch.no_grad itself, or under reentrant checkpointing; call the model's parts in a loop of your own "
-                "(tap(model, call=...)) and checkpoint with use_reentrant=False"
-            )
-        if self.recording.ran_past_its_call and not names:
-            return (
-                "tap: image_features must be seen before mask_tokens in every forward, got mask tokens first; "
-                "name a module of image_features that runs before the one of mask_tokens"
-            )
-        if self.recording.ran_past_its_call:
-            return (
-                "tap: the mask decoder must be called, got a run of its parts past its call, as by "
-                f"decoder.forward(...) or decoder.predict_masks(...); call the decoder itself, {' or '.join(names)}, "
-                "or name the places"
-            )
-        untapped = self._untapped_decoders()
-        if untapped:
-            return (
-                "tap: the model must be as it was when it was tapped, got a mask decoder without hooks at "
-                f"{untapped[0]!r}, which came later, as by peft's modules_to_save or a copy; tap the model again"
-            )
-        if any(_is_compiled(module) for module in self.model.modules()):
-            way_out += "; tap a compiled model before its first call, hooks that are set later never run"
-        elif self.recording.ran_without_decoder and names:
-            fact += f": it ran, and none of its decoders ({', '.join(names)}) was called"
-            way_out = "name the places: tap(model, image_features=..., mask_tokens=...)"
-        return f"tap: the model must call its mask decoder before the loss, {fact}; {way_out}"
-
-    def _untapped_decoders(self) -> list[str]:
-        known = {id(decoder.module) for decoder in self._hooks.decoders}
-        return [decoder.name for decoder in find_decoders(self.model) if known and id(decoder.module) not in known]
-
     def _check_open(self) -> None:
         if not self._hooks:
             raise RuntimeError("tap: the tap must be open, got one that was closed; tap the model again")
@@ -377,23 +328,3 @@ class Tap:
 
 def _tap_again(model: nn.Module, settings: _Settings) -> Tap:
     return Tap(model, **settings._asdict())
-
-
-def _found_decoders(model: nn.Module) -> list[Decoder]:
-    decoders = find_decoders(model)
-    if not decoders:
-        reason = why_unsupported(model)
-        if reason is not None:
-            raise ValueError(f"tap: model must have mask tokens, got {type(model).__name__}, {reason}")
-        sought = "; ".join(f"a {family.name}: a module with {', '.join(sorted(family.marks))}" for family in FAMILIES)
-        children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
-        raise ValueError(
-            f"tap: model must hold a mask decoder that is known, got {type(model).__name__} with the parts "
-            f"{', '.join(children) or 'none'}; looked for {sought}. Name the places of any other model: "
-            "tap(model, image_features='path.of.module', mask_tokens='path.of.module')"
-        )
-    return decoders
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
