@@ -23,7 +23,7 @@ from renyi_kd.sam.run import CallFunction, evaluating, named_errors, positional_
 from renyi_kd.sam.step import Step
 
 
-class _Settings(NamedTuple):
+class TapSettings(NamedTuple):
     """What a tap was made with, beside its model."""
 
     image_features: Place | None
@@ -71,14 +71,8 @@ def tap(
             has a ``forward`` of its own that runs another model, as a deep copy of a compiled one has.
 
     """
-    return Tap(
-        model,
-        image_features=image_features,
-        mask_tokens=mask_tokens,
-        call=call,
-        replay_prompts=replay_prompts,
-        decoder_loops_over_images=decoder_loops_over_images,
-    )
+    settings = TapSettings(image_features, mask_tokens, call, replay_prompts, decoder_loops_over_images)
+    return Tap(model, settings)
 
 
 class Tap:
@@ -95,16 +89,7 @@ class Tap:
     holds it. Leaving ``with tap(model) as tapped:`` closes it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_features: Place | None = None,
-        mask_tokens: Place | None = None,
-        call: CallFunction | None = None,
-        replay_prompts: bool = False,
-        decoder_loops_over_images: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: TapSettings) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"tap: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -112,13 +97,14 @@ class Tap:
                 f"tap: model must be made of Python modules, got {type(model).__name__} with parts made by torch.jit, "
                 "whose inner calls no hook sees; tap the model that was scripted or traced"
             )
-        if call is not None and not callable(call):
+        if settings.call is not None and not callable(settings.call):
             raise TypeError(
-                f"tap: call must be a function of model and batch, got {call!r}; leave it out for a plain call"
+                f"tap: call must be a function of model and batch, got {settings.call!r}; leave it out for a plain call"
             )
+        image_features, mask_tokens = settings.image_features, settings.mask_tokens
         self.model = model
         self.recording = Recording()
-        self._settings = _Settings(image_features, mask_tokens, call, replay_prompts, decoder_loops_over_images)
+        self._settings = settings
         self._error_before: BaseException | None = None
         refuse_forward_of_another_model(model)
         drop_hooks_of_copied_taps(model)
@@ -255,7 +241,7 @@ class Tap:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _tap_again, (self.model, self._settings)
+        return Tap, (self.model, self._settings)
 
     def _observe(self, step: Step, role: str) -> tuple[SAMFeatures, Recording]:
         self._check_open()
@@ -324,7 +310,3 @@ class Tap:
     def _check_open(self) -> None:
         if not self._hooks:
             raise RuntimeError("tap: the tap must be open, got one that was closed; tap the model again")
-
-
-def _tap_again(model: nn.Module, settings: _Settings) -> Tap:
-    return Tap(model, **settings._asdict())
