@@ -73,7 +73,8 @@ class Hooks:
         self.prompt_encoder = prompt_encoder_of(model, decoders[0].name)
         self._attach_to_image_encoder(image_encoder_of(model, decoders[0].name))
         if self.prompt_encoder is not None:
-            self.before(self.prompt_encoder, lambda tap, *call: tap.recording.see_prompts(seen(*call[:3])))
+            self.before(self.prompt_encoder, lambda tap, *call: tap.recording.begin_prompts(seen(*call[:3])))
+            self.after(self.prompt_encoder, lambda tap, *_call: tap.recording.end_prompts())
         for decoder in decoders:
             self._attach_to_decoder(decoder, reads_prompts=self.prompt_encoder is None)
 
@@ -106,9 +107,10 @@ class Hooks:
         if encoder is None:
             return
         self.image_encoder = encoder
-        self.before(encoder, lambda tap, *call: tap.recording.see_image(seen(*call[:3])))
+        self.before(encoder, lambda tap, *call: tap.recording.begin_images(seen(*call[:3])))
 
-        def look_at_gradient(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        def end(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            tap.recording.end_images(output)
             if (
                 tap.recording.observing
                 or not torch.is_grad_enabled()
@@ -117,7 +119,7 @@ class Hooks:
                 return
             tap.recording.encoder_lost_gradient |= any(parameter.requires_grad for parameter in module.parameters())
 
-        self.after(encoder, look_at_gradient)
+        self.after(encoder, end)
 
     def _attach_to_decoder(self, decoder: Decoder, *, reads_prompts: bool) -> None:
         family = decoder.family
@@ -135,7 +137,8 @@ class Hooks:
             }
             if reads_prompts:
                 own = {name: value for name, value in prompts.items() if "dense" not in name}
-                tap.recording.see_prompts(seen(module, (), own))
+                tap.recording.begin_prompts(seen(module, (), own))
+                tap.recording.end_prompts()
             shapes = (value.shape for name, value in prompts.items() if "sparse" in name and isinstance(value, Tensor))
             layout = next(((shape[0], shape[1]) for shape in shapes if len(shape) == 4), None)
             tap.recording.begin_call(image, plain(decoder.name), layout)
