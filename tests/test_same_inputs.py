@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from renyi_kd import AdapterDisabled, InfoSAMLoss, tap
+from renyi_kd import AdapterDisabled, InfoSAMLoss, Tap, tap
 from renyi_kd.sam.inputs import Comparison, Inputs, Seen
 from tests.support.models import (
     DIM,
@@ -306,6 +307,91 @@ def test_parts_that_are_fed_from_a_buffer_which_changes_are_named():
     images.zero_()
     with pytest.raises(ValueError, match="inputs must stay as they are until the loss is computed"):
         InfoSAMLoss(DIM)(tap(meta_sam(0), call=meta_forward), student, batch)
+
+
+# runs of the encoders alone
+
+
+def through_the_tap(student: Tap, batch: list) -> None:
+    student(batch)
+
+
+def by_its_parts(student: Tap, batch: list) -> None:
+    meta_forward(student.model, batch)
+
+
+@pytest.mark.parametrize("run", [through_the_tap, by_its_parts])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_images_that_are_encoded_and_not_decoded_belong_to_no_step(run, with_gradient):
+    teacher, student = (tap(meta_sam(seed), call=meta_forward) for seed in range(2))
+    loss, other, batch = InfoSAMLoss(DIM), torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE), meta_batch(2, 2)
+    for _ in range(2):
+        with torch.set_grad_enabled(with_gradient):
+            student.model.image_encoder(other)
+        run(student, batch)
+        assert loss(teacher, student, batch).isfinite()
+
+
+def test_maps_that_are_computed_in_advance_bring_their_own_images_alone():
+    teacher, student = (tap(meta_sam(seed), call=meta_forward) for seed in range(2))
+    batches, loss = [meta_batch(1, 2), meta_batch(2, 1), meta_batch(2, 3)], InfoSAMLoss(DIM)
+    images = [torch.stack([item["image"] for item in batch]) for batch in batches]
+    with torch.no_grad():
+        maps = [student.model.image_encoder(each) for each in images]
+    for batch, of_batch in zip(batches, maps, strict=True):
+        decode_maps(student.model, of_batch, batch)
+        assert loss(teacher, student, batch).isfinite()
+    with torch.no_grad():
+        later = [student.model.image_encoder(images[number] + number) for number in range(2)]
+    decode_maps(student.model, later[1], batches[1])
+    with pytest.raises(ValueError, match="got other images"):
+        loss(teacher, student, batches[1])
+
+
+def decode_maps(model: nn.Module, maps: Tensor, batch: list) -> None:
+    for feature, item in zip(maps, batch, strict=True):
+        sparse, dense = model.prompt_encoder(points=None, boxes=item["boxes"], masks=None)
+        model.mask_decoder(feature[None], model.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False)
+
+
+def test_images_of_maps_that_are_computed_in_advance_do_not_stay_in_memory():
+    student, alive = tap(meta_sam()), []
+    for _ in range(100):
+        images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        alive.append(weakref.ref(images))
+        with torch.no_grad():
+            student.model.image_encoder(images)
+    del images
+    assert sum(each() is not None for each in alive) <= 32
+    batch = meta_batch(2)
+    meta_forward(student.model, batch)
+    assert InfoSAMLoss(DIM)(tap(meta_sam(), call=meta_forward), student, batch).isfinite()
+
+
+def test_a_decoder_call_that_failed_leaves_no_prompts_to_the_next():
+    teacher, student, batch = tap(meta_sam(0), call=meta_forward), tap(meta_sam(1)), meta_batch(2, 2)
+
+    def fail(_module: nn.Module, _args: object) -> None:
+        raise MemoryError
+
+    handle = student.model.mask_decoder.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        meta_forward(student.model, batch)
+    handle.remove()
+    meta_forward(student.model, batch)
+    assert InfoSAMLoss(DIM)(teacher, student, batch).isfinite()
+
+
+def test_embeddings_that_were_decoded_without_gradient_first_are_the_students_too():
+    batch = hf_batch(3)
+    teacher, student = tap(hf_sam(0)), tap(hf_sam(1))
+    inputs = {"input_boxes": batch["input_boxes"]}
+    with torch.no_grad():
+        inputs["image_embeddings"] = student.model.vision_encoder(batch["pixel_values"]).last_hidden_state
+        student.model(**inputs)
+    student.model(**inputs)
+    with pytest.raises(ValueError, match="teacher must see the images"):
+        InfoSAMLoss(DIM)(teacher, student)
 
 
 # how often values are compared

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, tap
-from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_sam
+from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
 
 
 def token_outputs(model: nn.Module) -> list[Tensor]:
@@ -346,6 +346,20 @@ def test_a_static_buffer_that_is_filled_anew_is_noticed(through_the_tap, given):
     student.clear()
     run()
     assert torch.equal(loss(teacher, student, static), loss(teacher, student, new))
+
+
+def test_a_run_with_a_backward_pass_within_counts_from_there():
+    def adapt_then_run(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+        if len(student.recording.calls):
+            sum(mask.sum() for mask in meta_forward(model, batch)).backward()
+        meta_forward(model, batch)
+
+    student, batches = tap(meta_sam(1), call=adapt_then_run), [meta_batch(2), meta_batch(2)]
+    for batch in batches:
+        student(batch)
+    features, step = student.take_step()
+    assert len(features.mask_tokens) == 2
+    assert [call.batch.value[0]["image"] is batches[1][0]["image"] for call in step.ran] == [True]
 
 
 # a model that is its own decoder

@@ -105,15 +105,17 @@ class Hooks:
     def _attach_to_prompt_encoder(self, encoder: nn.Module | None) -> None:
         self.prompt_encoder = encoder
         if encoder is not None:
-            self.before(encoder, lambda tap, *call: tap.recording.see_prompts(seen(*call[:3])))
+            self.before(encoder, lambda tap, *call: tap.recording.begin_prompts(seen(*call[:3])))
+            self.after(encoder, lambda tap, *_call: tap.recording.end_prompts())
 
     def _attach_to_image_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is None:
             return
         self.image_encoder = encoder
-        self.before(encoder, lambda tap, *call: tap.recording.see_image(seen(*call[:3])))
+        self.before(encoder, lambda tap, *call: tap.recording.begin_images(seen(*call[:3])))
 
-        def look_at_gradient(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        def end(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            tap.recording.end_images(output)
             if (
                 tap.recording.observing
                 or not torch.is_grad_enabled()
@@ -122,7 +124,7 @@ class Hooks:
                 return
             tap.recording.encoder_lost_gradient |= any(parameter.requires_grad for parameter in module.parameters())
 
-        self.after(encoder, look_at_gradient)
+        self.after(encoder, end)
 
     def _attach_to_decoder(self, decoder: Decoder, *, reads_prompts: bool) -> None:
         family = decoder.family
@@ -140,7 +142,8 @@ class Hooks:
             }
             if reads_prompts:
                 own = {name: value for name, value in prompts.items() if "dense" not in name}
-                tap.recording.see_prompts(seen(module, (), own))
+                tap.recording.begin_prompts(seen(module, (), own))
+                tap.recording.end_prompts()
             shapes = (value.shape for name, value in prompts.items() if "sparse" in name and isinstance(value, Tensor))
             layout = next(((shape[0], shape[1]) for shape in shapes if len(shape) == 4), None)
             tap.recording.begin_call(image, plain(decoder.name), layout)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Those of which models hold hundreds, and which are no subclass that hides its memory.
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,6 +59,14 @@ def storage_of(value: Any) -> int | None:
     if not isinstance(tensor, Tensor) or is_fake(tensor) or tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage().data_ptr() or None
+
+
+def memory_of(value: Any) -> StorageWeakRef | None:
+    """Return what tells a tensor's memory from any other, also after it is freed, without keeping it."""
+    tensor = getattr(value, "_local_tensor", value)
+    if storage_of(tensor) is None or not isinstance(tensor, Tensor):
+        return None
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def is_fake(value: Any) -> bool:

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from renyi_kd.sam.features import SAMFeatures
 from renyi_kd.sam.inputs import Inputs, Seen
-from renyi_kd.sam.memory import snapshot, storage_of, version
+from renyi_kd.sam.memory import leaves, memory_of, snapshot, storage_of, version
 from renyi_kd.sam.step import Call
 
-# Encoder calls that no decoder call has followed: embeddings that are computed for later use.
-_MOST_WAITING = 256
+# Encoder calls that no decoder call has followed: embeddings that are computed for later use. Each keeps its images.
+_MOST_WAITING = 32
 # Seven clicks on each of eight frames are 64 calls; far more than that is a forgotten loss, and holds its graph.
 _MANY_CALLS = 256
 
@@ -55,6 +56,28 @@ class DecoderCall:
     prompts: list[Seen] = field(default_factory=list)
 
 
+@dataclass
+class _Encoded:
+    """A call of the image encoder that ended.
+
+    Attributes:
+        images: what reached it.
+        maps: the memory of what it returned.
+        in_run: whether that was in the run that is under way.
+        decoded: whether a validation has decoded it.
+
+    """
+
+    images: Seen
+    maps: set[StorageWeakRef]
+    in_run: bool
+    decoded: bool = False
+
+    def forgotten(self) -> bool:
+        """Return whether a validation has used it up."""
+        return self.decoded and all(memory.expired() for memory in self.maps)  # type: ignore[no-untyped-call]
+
+
 class _UnderWay(NamedTuple):
     """A run that has begun, and what there was before it."""
 
@@ -62,7 +85,7 @@ class _UnderWay(NamedTuple):
     with_gradient: bool
     n_calls: int
     n_runs: int
-    n_images: int
+    n_encoded: int
     encoded_before: bool
 
 
@@ -102,8 +125,15 @@ class Recording:
         self.ran_in_threads = False
         self.encoder_lost_gradient = False
         self.ran_without_decoder = False
-        self._waiting_images: list[Seen] = []
-        self._waiting_prompts: list[Seen] = []
+        self._encoded: list[_Encoded] = []
+        self._n_encoded = 0
+        # The memory of image features whose images are known.
+        self._maps_of_calls: set[StorageWeakRef] = set()
+        self._lost_images = False
+        self._prompts: list[Seen] = []
+        # What reached an encoder whose call has not ended.
+        self._images_begun: Seen | None = None
+        self._prompts_begun: Seen | None = None
         self._open: DecoderCall | None = None
         self._backward = _Backward()
 
@@ -136,22 +166,39 @@ class Recording:
         if not new:
             self.ran_without_decoder = True
             return
-        encoded = self._n_images() > ended.n_images
-        given = not encoded and (ended.encoded_before or any(call.image.value.requires_grad for call in new))
+        encoded = self._n_encoded > ended.n_encoded
+        given = not encoded and (
+            ended.encoded_before or any(call.images or call.image.value.requires_grad for call in new)
+        )
         own_embeddings = given and ended.call.arguments is not None
         self.runs.append(ended.call._replace(own_embeddings=own_embeddings, encoded=encoded))
 
-    def see_image(self, image: Seen) -> None:
-        """Note what reached the image encoder; not in a validation."""
+    def begin_images(self, images: Seen) -> None:
+        """Note what reaches the image encoder; not in a validation."""
         self._drop_differentiated()
-        if not self._in_validation():
-            self._waiting_images = [*self._waiting_images[1 - _MOST_WAITING :], image]
+        self._images_begun = None if self._in_validation() else images
 
-    def see_prompts(self, prompts: Seen) -> None:
-        """Note what reached the prompt encoder; not in a validation."""
+    def end_images(self, output: Any) -> None:
+        """Note what the image encoder returned: a call that an exception left is none."""
+        if self._images_begun is None:
+            return
+        maps = {memory for leaf in leaves(output) if (memory := memory_of(leaf)) is not None}
+        kept = [each for each in self._encoded if not each.forgotten()]
+        self._lost_images |= len(kept) >= _MOST_WAITING
+        self._encoded = [*kept[1 - _MOST_WAITING :], _Encoded(self._images_begun, maps, bool(self._under_way))]
+        self._n_encoded += 1
+        self._images_begun = None
+
+    def begin_prompts(self, prompts: Seen) -> None:
+        """Note what reaches the prompt encoder; not in a validation."""
         self._drop_differentiated()
-        if not self._in_validation():
-            self._waiting_prompts = [*self._waiting_prompts[1 - _MOST_WAITING :], prompts]
+        self._prompts_begun = None if self._in_validation() else prompts
+
+    def end_prompts(self) -> None:
+        """Note that the prompt encoder's call has ended."""
+        if self._prompts_begun is not None:
+            self._prompts = [*self._prompts[1 - _MOST_WAITING :], self._prompts_begun]
+            self._prompts_begun = None
 
     def begin_call(self, image_features: Tensor, decoder: str = "", layout: tuple[int, int] | None = None) -> None:
         """Begin a call of a decoder on these image features."""
@@ -160,8 +207,10 @@ class Recording:
         if not with_gradient:
             self.ran_without_gradient = True
         if not with_gradient and not (self._under_way and self._under_way[0].with_gradient):
-            # A validation that calls the model's parts.
-            self._waiting_images, self._waiting_prompts, self._open = [], [], None
+            # A validation that calls the model's parts. Its maps may be decoded again with gradient.
+            for each in self._encoded_for(image_features):
+                each.decoded = True
+            self._prompts, self._open = [], None
             return
         self._open_call(image_features, with_gradient, decoder, layout)
 
@@ -206,8 +255,10 @@ class Recording:
         call = self._open
         if call is None or not call.groups:
             return
-        call.images, call.prompts = self._waiting_images, self._waiting_prompts
-        self._waiting_images, self._waiting_prompts = [], []
+        encoded = self._encoded_for(call.image.value)
+        call.images = [each.images for each in encoded]
+        self._encoded = [each for each in self._encoded if all(each is not other for other in encoded)]
+        self._maps_of_calls.update(*(each.maps for each in encoded))
         self.calls.append(call)
         if len(self.calls) == _MANY_CALLS and not self.observing:
             warnings.warn(
@@ -239,7 +290,7 @@ class Recording:
                 images += earlier
                 earlier = []
         return Inputs(
-            tuple(images),
+            () if self._lost_images else tuple(images),
             tuple(each for call in counted for each in call.prompts),
             frozenset(storage for call in counted if (storage := storage_of(call.image.value)) is not None),
             tuple(call.with_gradient for call in self.calls),
@@ -317,7 +368,18 @@ class Recording:
     ) -> None:
         image = _Held(image_features, version(image_features))
         known = next((call.image for call in self.calls if _are_one(call.image, image)), image)
-        self._open = DecoderCall(decoder, known, with_gradient, layout)
+        self._open = DecoderCall(decoder, known, with_gradient, layout, prompts=self._prompts)
+        self._prompts = []
+
+    def _encoded_for(self, image_features: Tensor) -> list[_Encoded]:
+        """Return the calls of the image encoder that made these features, or may have: those of the run, or any."""
+        memory = memory_of(image_features)
+        made = [each for each in self._encoded if memory in each.maps]
+        if made or memory in self._maps_of_calls:
+            return made
+        if self._under_way and self._n_encoded > self._under_way[0].n_encoded:
+            return [each for each in self._encoded if each.in_run]
+        return [each for each in self._encoded if not each.decoded]
 
     def _with_gradient(self) -> bool:
         return self.observing or torch.is_grad_enabled()
@@ -327,18 +389,20 @@ class Recording:
 
     def _begin(self, call: Call) -> None:
         self._drop_differentiated()
+        if not self._under_way:
+            for each in self._encoded:
+                each.in_run = False
+        encoded_before = any(not each.decoded for each in self._encoded)
         before = _UnderWay(
-            call, self._with_gradient(), len(self.calls), len(self.runs), self._n_images(), bool(self._waiting_images)
+            call, self._with_gradient(), len(self.calls), len(self.runs), self._n_encoded, encoded_before
         )
         self._under_way.append(before)
-
-    def _n_images(self) -> int:
-        return sum(len(call.images) for call in self.calls) + len(self._waiting_images)
 
     def _drop_differentiated(self) -> None:
         """Forget calls that a backward pass has used already."""
         if self.differentiated:
             self._restart()
+            self._under_way = [each._replace(n_calls=0, n_runs=0, n_encoded=0) for each in self._under_way]
 
 
 def _samples(call: DecoderCall, groups_are_images: bool) -> list[tuple[Tensor, Tensor]]:
