@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from renyi_kd.sam.assembly import features_of_calls
 from renyi_kd.sam.bound_forward import refuse_forward_of_another_model
 from renyi_kd.sam.explanation import IN_THREADS, why_nothing
 from renyi_kd.sam.features import SAMFeatures
@@ -301,7 +302,9 @@ class Tap:
                 "tap: the mask decoder must have the hypernetworks that it was tapped with, got others; tap the model "
                 "again after modules were replaced, as by peft's modules_to_save"
             )
-        image_features, mask_tokens, image_index = recording.features(self._settings.decoder_loops_over_images)
+        image_features, mask_tokens, image_index = features_of_calls(
+            recording.calls, self._settings.decoder_loops_over_images
+        )
         if image_features.is_inference() and not torch.is_inference_mode_enabled():
             # Autograd cannot save an inference tensor for backward.
             image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
