@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from renyi_kd.sam.inputs import seen
+from renyi_kd.sam.inputs import argument_names, seen
 from renyi_kd.sam.memory import is_fake, leaves
 from renyi_kd.sam.module_paths import Place, modules_at, plain, taken
 from renyi_kd.sam.parts import Decoder, image_encoder_of, prompt_encoder_of
@@ -105,14 +105,16 @@ class Hooks:
     def _attach_to_prompt_encoder(self, encoder: nn.Module | None) -> None:
         self.prompt_encoder = encoder
         if encoder is not None:
-            self.before(encoder, lambda tap, *call: tap.recording.begin_prompts(seen(*call[:3])))
+            names = argument_names(encoder)
+            self.before(encoder, lambda tap, _module, *call: tap.recording.begin_prompts(seen(names, *call[:2])))
             self.after(encoder, lambda tap, *_call: tap.recording.end_prompts())
 
     def _attach_to_image_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is None:
             return
         self.image_encoder = encoder
-        self.before(encoder, lambda tap, *call: tap.recording.begin_images(seen(*call[:3])))
+        names = argument_names(encoder)
+        self.before(encoder, lambda tap, _module, *call: tap.recording.begin_images(seen(names, *call[:2])))
 
         def end(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             tap.recording.end_images(output)
@@ -127,10 +129,10 @@ class Hooks:
         self.after(encoder, end)
 
     def _attach_to_decoder(self, decoder: Decoder, *, reads_prompts: bool) -> None:
-        family = decoder.family
+        family, names = decoder.family, argument_names(decoder.module)
 
-        def begin(tap: Listener, module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-            arguments = seen(module, args, kwargs)
+        def begin(tap: Listener, _module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+            arguments = seen(names, args, kwargs)
             image = arguments.arguments.get(family.image_argument)
             if image is None and len(args) > family.image_position:
                 image = args[family.image_position]
@@ -142,7 +144,7 @@ class Hooks:
             }
             if reads_prompts:
                 own = {name: value for name, value in prompts.items() if "dense" not in name}
-                tap.recording.begin_prompts(seen(module, (), own))
+                tap.recording.begin_prompts(seen((), (), own))
                 tap.recording.end_prompts()
             shapes = (value.shape for name, value in prompts.items() if "sparse" in name and isinstance(value, Tensor))
             layout = next(((shape[0], shape[1]) for shape in shapes if len(shape) == 4), None)

@@ -38,15 +38,19 @@ class Seen(NamedTuple):
         return tuple(map(version, self.tensors())) != self.versions
 
 
-def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen:
-    """Return the arguments of a module's call by name."""
-    parameters = [
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a module's forward takes by position."""
+    return tuple(
         name
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    names = [*parameters, *(f"argument {number}" for number in range(len(parameters), len(args)))]
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    )
+
+
+def seen(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen:
+    """Return the arguments of a call by name; those beyond the names by their number."""
+    numbers = (f"argument {number}" for number in range(len(names), len(args)))
+    arguments = {**dict(zip((*names, *numbers), args, strict=False)), **kwargs}
     tensors = (leaf for leaf in leaves(arguments) if isinstance(leaf, Tensor))
     return Seen(arguments, tuple(map(version, tensors)))
 

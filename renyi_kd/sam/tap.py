@@ -106,6 +106,7 @@ class Tap:
         self.model = model
         self.recording = Recording()
         self._settings = settings
+        self._names = positional_names(model)
         self._error_before: BaseException | None = None
         refuse_forward_of_another_model(model)
         drop_hooks_of_copied_taps(model)
@@ -269,7 +270,7 @@ class Tap:
 
     def _begin_forward(self, args: Any, kwargs: Any) -> None:
         self._error_before = sys.exc_info()[1]
-        self.recording.begin_forward(args, kwargs, positional_names(self.model))
+        self.recording.begin_forward(args, kwargs, self._names)
 
     def _end_forward(self, output: Any) -> None:
         self.recording.end_run()
