@@ -42,7 +42,7 @@ KERNELS = [
 @pytest.fixture(params=["one block", "ragged blocks"])
 def blocks(request, monkeypatch):
     if request.param == "ragged blocks":
-        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 100)
+        monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 100)
 
 
 def variables(n_samples: int, n_variables: int, dtype=torch.float64) -> list[Tensor]:
@@ -202,7 +202,7 @@ def test_no_matrix_of_all_pairs_is_made():
     a, b = randn(16000, 2).requires_grad_(), randn(16000, 3).requires_grad_()
     with LargestNewTensor() as largest:
         torch.autograd.grad(feature_entropy(a, b), [a, b])
-    assert largest.bytes <= 4 * reference._BLOCK_ELEMENTS
+    assert largest.bytes <= 4 * reference.BLOCK_ELEMENTS
 
 
 # Refusals.

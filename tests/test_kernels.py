@@ -33,7 +33,7 @@ from tests.support.kernels import (
 )
 from tests.support.tolerance import assert_close_on_scale
 
-ELEMENTS = relation_scores_reference._BLOCK_ELEMENTS
+ELEMENTS = relation_scores_reference.BLOCK_ELEMENTS
 # A pixel of one channel has no direction and one of two is a sign, so sizes begin at three channels.
 SHAPES = [
     (1, 3, 1, 1),
@@ -59,8 +59,8 @@ def blocks(request, monkeypatch):
 
 def small_blocks(monkeypatch, elements: int = 500) -> None:
     """Make several blocks of a small map: some channels of all pixels, all channels of some pixels, or some images."""
-    monkeypatch.setattr(relation_scores_reference, "_BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(batch_gram_reference, "_BLOCK_ELEMENTS", 48)
+    monkeypatch.setattr(relation_scores_reference, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(batch_gram_reference, "BLOCK_ELEMENTS", 48)
 
 
 # relation_scores: sizes, dtypes, layouts, images.
@@ -235,7 +235,7 @@ def test_gram_in_every_dtype(shape, dtype, blocks):
 
 @pytest.mark.parametrize("delta", [-1, 0, 1])
 def test_gram_around_the_edges_of_blocks(delta):
-    edge = batch_gram_reference._BLOCK_ELEMENTS // 4
+    edge = batch_gram_reference.BLOCK_ELEMENTS // 4
     check_gram(randn(4, edge + delta))
     check_gram(randn(4, 2 * edge + delta))
 
@@ -599,7 +599,7 @@ def test_scores_make_nothing_of_the_size_of_the_map(dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_MAPS)
 def test_gram_makes_nothing_of_the_size_of_the_rows(dtype, layout):
-    block = batch_gram_reference._BLOCK_ELEMENTS
+    block = batch_gram_reference.BLOCK_ELEMENTS
     x = LAYOUTS[layout](randn(4, 32, 64, 1 + 2 * block // (4 * 32 * 64), dtype=dtype))
     assert x.numel() > 2 * block
     forward, backward = largest_new_tensors(batch_gram, x)
