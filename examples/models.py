@@ -111,7 +111,7 @@ def _load_hf_sam(name: str, image_size: int | None) -> Sam:
     # Always in eval mode: a SAM has no dropout in use, and BatchNorm keeps the statistics of all its images.
     return Sam(
         model.eval(),
-        _segment_hf,
+        segment_hf,
         model.config.prompt_encoder_config.image_size,
         model.config.mask_decoder_config.hidden_size,
     )
@@ -137,7 +137,8 @@ def _resized(model: nn.Module, image_size: int) -> nn.Module:
     return resized
 
 
-def _segment_hf(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def segment_hf(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a transformers SAM."""
     image = "image_embeddings" if "image_embeddings" in batch else "pixel_values"
     names = (image, "input_boxes", "input_points", "input_labels")
     inputs = {name: batch[name] for name in names if name in batch}
@@ -162,7 +163,7 @@ def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
     model = _mobile_sam_at(image_size, build_sam_vit_t())
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     # eval() again: TinyViT's attention computes its biases there, and its builder did so before the weights came.
-    return Sam(model.eval(), _segment_meta, image_size, 256)
+    return Sam(model.eval(), segment_meta, image_size, 256)
 
 
 def _mobile_sam_at(image_size: int, model: nn.Module) -> nn.Module:
@@ -186,7 +187,8 @@ def _mobile_sam_at(image_size: int, model: nn.Module) -> nn.Module:
     return model
 
 
-def _segment_meta(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def segment_meta(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a SAM with Meta's interface."""
     # Meta's own forward runs without gradient and its decoder takes one image at a time.
     features = batch["image_embeddings"] if "image_embeddings" in batch else model.image_encoder(batch["pixel_values"])
     masks = []

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before PyTorch is imported, and inherited by the processes that tests start: the tensors are so small that a second
+# thread only waits, for long when the machine has other work.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import hypothesis
 import pytest
 import torch
@@ -19,8 +23,6 @@ ensure_importable()
 
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("reproducible")
-# The tensors are so small that a second thread only waits, for long when the machine has other work.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is Linux only")
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+TARGETS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_90", "sm_100")), "gfx942"]
 KERNELS = {
     "_batch_gram_bwd_kernel",
     "_batch_gram_fwd_kernel",

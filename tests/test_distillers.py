@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.segmentation.distillers import DISTILLERS, Distiller, make
@@ -507,7 +509,7 @@ def test_the_gradient_reaches_the_student_and_the_module_and_not_the_teacher(nam
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_half_precision_and_autocast_change_nothing_but_the_inputs(name, dtype):
     distiller, batch = made(name), batch_of()
     teacher, student = mapped(observed(), lambda x: x.to(dtype)), mapped(observed(), lambda x: x.to(dtype))
@@ -532,8 +534,7 @@ def test_large_half_precision_features_are_no_hazard(name):
 
 
 @each
-@pytest.mark.parametrize("constant", [0.0, 1.0])
-@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+@given(constant=st.sampled_from([0.0, 1.0]), who=st.sampled_from(["teacher", "student", "both"]))
 def test_constant_features_are_no_hazard(name, constant, who):
     distiller, batch = made(name), batch_of()
     teacher, student = observed(), observed()
@@ -552,7 +553,7 @@ def test_constant_features_are_no_hazard(name, constant, who):
 
 
 @each
-@pytest.mark.parametrize("garbage", [37.0, float("nan")])
+@given(garbage=st.sampled_from([37.0, float("nan")]))
 def test_the_padding_has_no_influence(name, garbage):
     distiller, batch = made(name), batch_of()
     teacher, student = observed(), mapped(observed(), leaf)
@@ -571,7 +572,7 @@ def test_the_padding_has_no_influence(name, garbage):
 
 
 @each
-@pytest.mark.parametrize("empty", [slice(1), slice(3)])
+@given(empty=st.sampled_from([slice(1), slice(3)]))
 def test_images_of_nothing_but_padding_are_no_hazard(name, empty):
     batch = batch_of()
     batch["inside"][empty] = 0

@@ -129,7 +129,7 @@ def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder
 @pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "decoder"])
 @pytest.mark.parametrize("prompt", ["box", "point"])
 def test_models_with_metas_interface_train_too(folder, tiny_model, tmp_path, peft, prompt):
-    sam = models.Sam(meta_sam().eval(), models._segment_meta, IMAGE_SIZE, DIM)
+    sam = models.Sam(meta_sam().eval(), models.segment_meta, IMAGE_SIZE, DIM)
     options = finetune.Options(
         str(tiny_model), data=folder, out=tmp_path, epochs=1, peft=peft, prompt=prompt, batch_size=2, prompts=2
     )

@@ -575,6 +575,7 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_ten_thousand_steps():
     models, infosam_loss = [MiniSam(), MiniSam()], InfoSAMLoss(4)
     teacher, student = (tap(model) for model in models)

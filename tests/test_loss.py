@@ -7,6 +7,8 @@ import io
 import math
 import pickle
 import re
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -832,32 +834,23 @@ def bad(request):
     return TEACHER._replace(**changes), error, message
 
 
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_features_must_be_well_formed(bad, who):
+def test_features_must_be_well_formed(bad):
+    """The module takes one token out of the features before the loss looks at them."""
     features, error, message = bad
-    both = {"teacher": TEACHER, "student": in_training(STUDENT)}
-    # Where only one of the two were changed, shapes that are right by themselves would differ first.
-    both = {**both, who: features} if "lie in" not in message else {"teacher": features, "student": features}
-    name = who if "lie in" not in message else "teacher"
-    with torch.no_grad(), pytest.raises(error, match="infosam_terms: " + name + message.replace("{name}", name)):
-        infosam_terms(relation_module(), **both)
+    functions = {"infosam_terms": partial(infosam_terms, relation_module()), "InfoSAMLoss": InfoSAMLoss(DIM)}
+    for (function, call), who in product(functions.items(), ("teacher", "student")):
+        both = {"teacher": TEACHER, "student": in_training(STUDENT)}
+        # Where only one of the two were changed, shapes that are right by themselves would differ first.
+        both = {**both, who: features} if "lie in" not in message else {"teacher": features, "student": features}
+        name = who if "lie in" not in message else "teacher"
+        with torch.no_grad(), pytest.raises(error, match=f"{function}: {name}" + message.replace("{name}", name)):
+            call(**both)
 
 
 def test_features_of_the_relation_module_must_be_well_formed(bad):
     features, error, message = bad
     with pytest.raises(error, match="RelationModule: features" + message.replace("{name}", "features")):
         relation_module()(*features)
-
-
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_features_given_to_the_module_must_be_well_formed(bad, who):
-    """The module takes one token out of the features before the loss looks at them."""
-    features, error, message = bad
-    both = {"teacher": TEACHER, "student": STUDENT}
-    both = {**both, who: features} if "lie in" not in message else {"teacher": features, "student": features}
-    name = who if "lie in" not in message else "teacher"
-    with torch.no_grad(), pytest.raises(error, match="InfoSAMLoss: " + name + message.replace("{name}", name)):
-        InfoSAMLoss(DIM)(**both)
 
 
 def test_an_int32_index_is_fine():

@@ -107,8 +107,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @each
-def test_exactly_the_methods_parameters_and_the_decoder_are_trained(method, family):
+def test_exactly_the_methods_parameters_and_the_decoder_are_trained_and_the_mode_is_kept(method, family):
     model = applied(method, family)
+    assert model.training == FAMILIES[family].make(1).training
     outside = {name for name in trained(model) if not of_decoder(name)}
     wanted = {name for name, _ in model.named_parameters() if not of_decoder(name) and re.match(TRAINED[method], name)}
     blocks = FAMILIES[family].blocks
@@ -195,11 +196,6 @@ def test_a_tiny_vit_stays_in_eval_mode_with_the_biases_that_its_attention_looked
     for attention in [module for module in resting if hasattr(module, "ab")]:
         assert not attention.attention_biases.requires_grad
         assert torch.equal(attention.ab, attention.attention_biases[:, attention.attention_bias_idxs])
-
-
-@each
-def test_the_mode_of_a_model_is_kept(method, family):
-    assert applied(method, family).training == FAMILIES[family].make(1).training
 
 
 def test_a_branch_beside_attention_or_mlp_takes_what_they_take_after_their_norm():

@@ -438,7 +438,7 @@ def test_a_kill_loses_no_finished_run_and_leaves_no_half(tmp_path):
     assert {path.name for path in out.iterdir() if path.is_file()} >= done
     ready = Grid(options_of("--data", NUCLEI, "--out", out, *SMALL))
     assert {one.file_name for one in ready.runs} >= done
-    assert len(ready._todo()) == len(ready.runs) - len(done)
+    assert len(ready.todo()) == len(ready.runs) - len(done)
 
 
 def test_pictures_of_relations(tmp_path):

@@ -525,7 +525,6 @@ def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
 
 def _observe_forever(folder: Path, seed: int, started: object) -> None:
     ensure_importable()
-    torch.set_num_threads(1)
     teacher = CachedTeacher(tap(hf_sam()), folder)
     number = 0
     while True:

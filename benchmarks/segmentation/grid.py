@@ -72,7 +72,7 @@ class Grid:
     def run(self) -> int:
         """Do what is not done yet; return 1 if a run was skipped."""
         options, started, failed = self.options, time.perf_counter(), 0
-        todo = self._todo()
+        todo = self.todo()
         print(f"{len(self.runs) - len(todo)} of {len(self.runs)} runs were done before, in {options.out}")
         with tqdm(total=sum(self._length(settings) for settings in todo), unit="it", smoothing=0.05) as bar:
             for settings in todo:
@@ -97,7 +97,7 @@ class Grid:
 
     def plan(self) -> int:
         """Print the runs that are left in their order, and which of them fit into --minutes."""
-        todo = self._todo()
+        todo = self.todo()
         if not todo:
             print("all runs are done")
             return 0
@@ -121,7 +121,8 @@ class Grid:
         print(f"written: {', '.join(map(str, paths))}")
         return 0
 
-    def _todo(self) -> list[Settings]:
+    def todo(self) -> list[Settings]:
+        """Return the runs that are left, in their order."""
         done = {row.settings for row in self._rows()}
         return [settings for settings in self.runs if settings not in done]
 

@@ -24,21 +24,18 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 from renyi_kd.gram import RBF, Linear, Polynomial
 from renyi_kd.objective import Distillation, Objective
 from renyi_kd.ops.batch_gram import triton as batch_gram
-from renyi_kd.ops.feature_terms import teacher_kernel
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_moment import triton as gram_moment
-from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels
 from renyi_kd.ops.gram_terms import triton as gram_terms
 from renyi_kd.ops.relation_directions import triton as relation_directions
 from renyi_kd.ops.relation_directions.types import Relation, RelationWeights
 from renyi_kd.ops.relation_scores import triton as relation_scores
-
-MODULES = (batch_gram, gram_moment, gram_terms_kernels, relation_directions, relation_scores, teacher_kernel)
 
 
 class Target(NamedTuple):
@@ -61,24 +58,23 @@ OPTIONS = ("num_warps", "num_stages")
 WEIGHTS = RelationWeights._fields
 
 
-class Recorder:
-    """Stand in for a kernel and write down its launches."""
+def recorder(launches: dict[str, tuple]) -> Callable[[Any, tuple[int, ...]], Callable[..., None]]:
+    """Return what stands in for ``kernel[grid]`` and writes a launch down in place of making it."""
 
-    def __init__(self, kernel: Any, launches: dict[str, tuple]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+    def stand_in(kernel: Any, _grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **keywords: Any) -> None:
             options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
-            values = inspect.signature(self.kernel.fn).bind(*args, **keywords).arguments
+            values = inspect.signature(kernel.fn).bind(*args, **keywords).arguments
             arguments = Arguments({}, {}, [])
-            for index, parameter in enumerate(self.kernel.params):
+            for index, parameter in enumerate(kernel.params):
                 value = values[parameter.name]
                 arguments.types[parameter.name] = arguments.add((index,), value, parameter.is_constexpr)
             # One of each kind: Triton compiles no more of them either.
-            self.launches[f"{self.kernel.__name__} {arguments} {options}"] = (self.kernel, arguments, options)
+            launches[f"{kernel.__name__} {arguments} {options}"] = (kernel, arguments, options)
 
         return launch
+
+    return stand_in
 
 
 class Arguments(NamedTuple):
@@ -112,15 +108,7 @@ class Arguments(NamedTuple):
 def record() -> dict[str, tuple]:
     """Return the kernels with the kinds of their arguments, of calls as the loss makes them."""
     launches: dict[str, tuple] = {}
-    kernels = [
-        mock.patch.object(module, name, Recorder(kernel, launches))
-        for module in MODULES
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    ]
-    for patch in kernels:
-        patch.start()
-    try:
+    with mock.patch.object(JITFunction, "__getitem__", recorder(launches)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for channels, height, width in ((256, 64, 64), (100, 7, 9), (4096, 8, 8)):
                 x = torch.empty(2, channels, height, width, dtype=dtype)
@@ -136,8 +124,6 @@ def record() -> dict[str, tuple]:
                 call_loss(samples, dtype, layout)
         for samples in (2, 4, 16, 32, 64, 256):
             call_terms(samples)
-    finally:
-        mock.patch.stopall()
     return launches
 
 

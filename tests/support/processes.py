@@ -54,7 +54,6 @@ def main() -> None:
     from examples.torchvision_compat import ensure_importable
 
     ensure_importable()
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=N_PROCESSES
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from renyi_kd.ops.autograd import refuse_second_derivative
 
 # 1 MiB in fp32: what is copied to change its dtype stays in a 2 MiB L2 cache.
-_BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**18
 # Products with 16 rows or more take a path of the CPU's matrix library that is half as fast, and half of the matrix
 # need not be computed.
 _ROWS_AT_A_TIME = 12
@@ -91,5 +91,5 @@ def _blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Yield ranges of slices: all of them if they can be used as they lie, else so many that a copy is a block."""
     n_slices = rows.shape[1]
     merges = all(rows.stride(k) == rows.stride(k + 1) * rows.shape[k + 1] for k in range(2, rows.ndim - 1))
-    step = n_slices if merges and rows.dtype == dtype else max(1, _BLOCK_ELEMENTS * n_slices // rows.numel())
+    step = n_slices if merges and rows.dtype == dtype else max(1, BLOCK_ELEMENTS * n_slices // rows.numel())
     return (slice(start, start + step) for start in range(0, n_slices, step))

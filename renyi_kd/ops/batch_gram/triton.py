@@ -4,7 +4,7 @@ r"""Inner products of few, very long rows in one read, and their gradient in one
 
 Two stages: every program multiplies a stretch of all rows with itself and writes one matrix of partial sums in fp32;
 these are summed in fp64. No atomics, so results repeat bit for bit. Extra memory: the partial sums, at most about
-``_PROGRAMS`` s x s matrices of up to 64 rows, fewer of more.
+``PROGRAMS`` s x s matrices of up to 64 rows, fewer of more.
 
 fp16, bf16 and fp32; rows that are dense in any order of their dimensions are read as they lie, others are copied.
 First derivatives only.
@@ -25,7 +25,7 @@ from renyi_kd.ops.autograd import second_derivative_refusal
 BLOCK_K = 64
 BACKWARD_BLOCKS = {"BLOCK_S": 16, "BLOCK_K": 128}
 NUM_WARPS = 4
-_PROGRAMS = 512
+PROGRAMS = 512
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def launch_forward(rows: Tensor) -> Tensor:
     n_rows, n_columns = rows.shape
     settings = config(n_rows)
     n_blocks = triton.cdiv(n_rows, settings["BLOCK_S"])
-    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), max(1, _PROGRAMS // n_blocks**2))
+    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), max(1, PROGRAMS // n_blocks**2))
     n_splits = triton.cdiv(n_columns, settings["BLOCK_K"] * n_steps)
     partial = torch.empty(n_splits, n_rows, n_rows, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):

@@ -27,7 +27,7 @@ MAX_IMAGES = 64
 # measured on a GPU yet.
 COLUMNS, RUN = 64, 16
 NUM_WARPS = 4
-_PROGRAMS = 512
+PROGRAMS = 512
 # Rounding of fp32: a variance below that of the mean's rounding is none.
 _ROUNDING = tl.constexpr(4 * torch.finfo(torch.float32).eps)
 
@@ -116,7 +116,7 @@ def launch(image_features: Tensor, directions: Tensor, offsets: Tensor, eps: flo
     n_pixels = height * width
     settings = config(n_images, channels_last=image_features.stride(1) == 1)
     n_tiles = triton.cdiv(n_pixels, settings["BLOCK_P"])
-    n_steps = triton.cdiv(n_tiles, _PROGRAMS)
+    n_steps = triton.cdiv(n_tiles, PROGRAMS)
     n_programs = triton.cdiv(n_tiles, n_steps)
     scores = directions.new_empty(n_images, n_pixels)
     parts = directions.new_empty(n_programs, n_images, n_images)

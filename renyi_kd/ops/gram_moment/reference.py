@@ -28,7 +28,7 @@ from renyi_kd.ops.autograd import refuse_second_derivative
 
 # 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. On a GPU 64 MiB, as a block takes
 # dozens of launches.
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_ON_GPU = 2**18, 2**24
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_GPU = 2**18, 2**24
 
 
 def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> Tensor:
@@ -165,7 +165,7 @@ def _slope(kernel: RBF) -> float:
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
-    n_samples, elements = len(x), _BLOCK_ELEMENTS_ON_GPU if x.is_cuda else _BLOCK_ELEMENTS
+    n_samples, elements = len(x), BLOCK_ELEMENTS_ON_GPU if x.is_cuda else BLOCK_ELEMENTS
     step = max(1, elements // n_samples)
     return (slice(start, min(start + step, n_samples)) for start in range(0, n_samples, step))
 

@@ -36,9 +36,9 @@ from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT
 # Elements of a tile of fp64 numbers; not measured on a GPU yet.
 _TILE_ELEMENTS = 2048
 # 8 MiB of partial Grams.
-_PARTIAL_ELEMENTS = 2**20
+PARTIAL_ELEMENTS = 2**20
 # Of one set of partial Grams, that one program sums in about the time of a launch; not measured on a GPU yet.
-_PART_ELEMENTS = 2**14
+PART_ELEMENTS = 2**14
 NUM_WARPS = 4
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_PRODUCT = tl.constexpr(LEAST_PRODUCT)
@@ -286,7 +286,7 @@ def launch_forward(
     blocks = map_blocks(n_samples)
     n_matrices = 2 if teacher_tokens is None else 3
     n_stretches = triton.cdiv(max(n_scores, n_token_columns), blocks["BLOCK_L"])
-    n_steps = triton.cdiv(n_stretches, max(1, _PARTIAL_ELEMENTS // (n_matrices * n_samples**2)))
+    n_steps = triton.cdiv(n_stretches, max(1, PARTIAL_ELEMENTS // (n_matrices * n_samples**2)))
     n_programs = triton.cdiv(n_stretches, n_steps)
     parts = teacher_scores.new_empty(n_matrices, n_programs, n_samples, n_samples, dtype=torch.float64)
     with torch.cuda.device_of(teacher_scores):
@@ -312,7 +312,7 @@ def launch_forward(
 def _few(parts: Tensor, dim: int) -> Tensor:
     """Return the parts, or their sum as the only one where one program would sum them for too long."""
     n_parts, n_samples = parts.shape[dim], parts.shape[-1]
-    few = n_parts == 1 or n_parts * n_samples**2 <= _PART_ELEMENTS
+    few = n_parts == 1 or n_parts * n_samples**2 <= PART_ELEMENTS
     return parts if few else parts.sum(dim, keepdim=True, dtype=torch.float64)
 
 

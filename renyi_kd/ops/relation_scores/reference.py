@@ -28,7 +28,7 @@ from torch import Tensor
 from renyi_kd.ops.autograd import refuse_second_derivative
 
 # 2 MiB in fp32, of which each of two cores has half in its L2 cache while it is summed over.
-_BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**19
 
 
 def relation_scores(
@@ -134,7 +134,7 @@ def _parts(image_features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
     rows_merge = image_features.stride(2) == width * image_features.stride(3)
     step = height
     if (image_features.dtype != dtype or not rows_merge) and not torch.compiler.is_compiling():
-        step = max(1, _BLOCK_ELEMENTS // (n_images * n_channels * width))
+        step = max(1, BLOCK_ELEMENTS // (n_images * n_channels * width))
     for top in range(0, height, step):
         bottom = min(top + step, height)
         yield slice(top * width, bottom * width), image_features[:, :, top:bottom].flatten(2).to(dtype)
@@ -180,7 +180,7 @@ def _memory_for(block: Tensor, memory: Tensor | None) -> Tensor:
 def _blocks_of_pixels(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield the images and pixels of blocks of ``[b, d, pixels]``: pixels of one image, or some small images."""
     n_images, n_channels, n_pixels = x.shape
-    n_together, step = max(1, _BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, _BLOCK_ELEMENTS // n_channels)
+    n_together, step = max(1, BLOCK_ELEMENTS // (n_channels * n_pixels)), max(1, BLOCK_ELEMENTS // n_channels)
     if torch.compiler.is_compiling():
         # The compiler makes its own, and Dynamo writes into no part of a tensor.
         n_together, step = n_images, n_pixels
@@ -192,7 +192,7 @@ def _blocks_of_pixels(x: Tensor) -> Iterator[tuple[slice, slice]]:
 def _blocks_of_channels(x: Tensor) -> Iterator[slice]:
     """Yield the channels of blocks of ``[b, d, pixels]``."""
     n_images, n_channels, n_pixels = x.shape
-    step = n_channels if torch.compiler.is_compiling() else max(1, _BLOCK_ELEMENTS // (n_images * n_pixels))
+    step = n_channels if torch.compiler.is_compiling() else max(1, BLOCK_ELEMENTS // (n_images * n_pixels))
     return (slice(channel, channel + step) for channel in range(0, n_channels, step))
 
 

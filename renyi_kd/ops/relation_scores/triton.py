@@ -6,7 +6,7 @@ r"""Scores of layer-normalised pixels in one read of the map; backward in one re
 
 A program holds a tile of pixels with all their channels, so the variance is summed from deviations, and the layout is a
 matter of strides alone. The sums over pixels go to one row of partial sums per program, added up afterwards: no
-atomics, so results repeat bit for bit. Extra memory: these rows, at most about ``_PROGRAMS`` of d + 1 numbers per
+atomics, so results repeat bit for bit. Extra memory: these rows, at most about ``PROGRAMS`` of d + 1 numbers per
 direction of an image, and no statistics: the backward computes them again from the tile that it has to read anyway. A
 pixel whose channels are all alike has score c and gradient 0.
 
@@ -28,7 +28,7 @@ from renyi_kd.ops.autograd import second_derivative_refusal
 FORWARD_TILE, BACKWARD_TILE = 8192, 4096
 NUM_WARPS = 8
 # Programs of the backward, at least where there are as many tiles: what it takes to fill the largest GPUs.
-_PROGRAMS = 1024
+PROGRAMS = 1024
 # Rounding of fp32: a variance below that of the mean's rounding is none.
 _ROUNDING = tl.constexpr(4 * torch.finfo(torch.float32).eps)
 
@@ -161,7 +161,7 @@ def launch_forward(image_features: Tensor, directions: Tensor, offsets: Tensor |
 def _n_programs(image_features: Tensor) -> int:
     n_images, n_channels, height, width = image_features.shape
     n_tiles = triton.cdiv(height * width, block_sizes(n_channels, height * width, BACKWARD_TILE)["BLOCK_P"])
-    n_programs: int = min(n_tiles, triton.cdiv(_PROGRAMS, n_images))
+    n_programs: int = min(n_tiles, triton.cdiv(PROGRAMS, n_images))
     return n_programs
 
 
