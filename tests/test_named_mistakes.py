@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from renyi_kd import CachedTeacher, InfoSAMLoss, tap
 from tests.support.loops import MiniSam
-from tests.support.models import DIM, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.stand_ins import samed
 
 peft = pytest.importorskip("peft")
 
@@ -21,8 +24,13 @@ peft = pytest.importorskip("peft")
 
 def checkpoint_layers(model: nn.Module, reentrant: bool) -> None:
     """Checkpoint the layers of the encoder, as transformers does under ``use_reentrant``."""
+
+    def checkpointed(forward: Callable[..., Any], x: Tensor, **settings: Any) -> Any:
+        # The reentrant form takes no names.
+        return torch.utils.checkpoint.checkpoint(partial(forward, **settings), x, use_reentrant=reentrant)
+
     for layer in model.base_model.model.vision_encoder.layers:
-        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=reentrant)
+        layer.forward = partial(checkpointed, layer.forward)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -182,24 +190,23 @@ def test_a_batch_of_one_and_a_dropped_id_name_the_settings_that_help(tmp_path):
 
 
 def test_an_exported_model_leaves_nothing_behind():
-    model, batch, loss = hf_sam(1).eval(), hf_batch(3), InfoSAMLoss(DIM)
-    teacher, student = tap(hf_sam(0)), tap(model)
-    inputs = {name: batch[name] for name in ("pixel_values", "input_boxes")}
-    torch.export.export(model, (), inputs, strict=False)
+    model, images = samed(1).eval(), torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)
+    teacher, student = tap(samed(0)), tap(model)
+    torch.export.export(model, (images,), strict=False)
     assert not student.pending
-    student(batch)
-    assert loss(teacher, student, batch).isfinite()
+    student(images)
+    assert InfoSAMLoss(DIM)(teacher, student, images).isfinite()
 
 
 def test_a_run_on_tensors_without_numbers_leaves_nothing_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model, inputs = hf_sam(1), {name: hf_batch()[name] for name in ("pixel_values", "input_boxes")}
+    model, images = samed(1), torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)
     student = tap(model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model(**{name: mode.from_tensor(value) for name, value in inputs.items()})
+        model(mode.from_tensor(images))
     assert not student.pending
-    student(inputs)
+    student(images)
     assert student.take().mask_tokens.isfinite().all()
 
 
