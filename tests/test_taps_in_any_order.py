@@ -274,11 +274,12 @@ class AnyOrder(RuleBasedStateMachine):
             self._call(self.student, number, kind)
         self.student.model.train()
 
-    @rule(number=NUMBERS, mode=st.sampled_from([torch.no_grad, nullcontext]))
-    def encode_alone(self, number: int, mode: Any) -> None:
+    @rule(number=NUMBERS, mode=st.sampled_from([torch.no_grad, nullcontext]), kind=KINDS)
+    def encode_alone_before_a_step(self, number: int, mode: Any, kind: str) -> None:
         self._forget_what_was_differentiated()
         with mode():
             self.student.model.image_encoder(self.batches[number]["image"])
+        self.step(0, kind, True, "backward")
 
     @rule(number=NUMBERS, kind=KINDS, with_gradient=st.booleans())
     def run_the_teacher(self, number: int, kind: str, with_gradient: bool) -> None:
