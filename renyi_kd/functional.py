@@ -80,6 +80,7 @@ def infosam_terms(
 
     Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920), whose loss is the default.
 
+    >>> import torch
     >>> relation = RelationModule(8)
     >>> teacher = SAMFeatures(torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8))
     >>> student = SAMFeatures(torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8))

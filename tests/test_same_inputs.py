@@ -492,3 +492,19 @@ def test_prompts_of_a_decoder_that_stands_alone_are_compared():
             with pytest.raises(ValueError, match=expectation):
                 InfoSAMLoss(DIM)(teacher, student, maps)
         teacher.close()
+
+
+def test_prompts_of_named_places_are_compared_and_replayed():
+    places = {
+        "image_features": ("vision_encoder", lambda output: output.last_hidden_state),
+        "mask_tokens": ("mask_decoder.transformer", lambda output: output[0][:, :, 1:2]),
+    }
+    batch, other = hf_batch(3), hf_batch(3, seed=1)
+    student = tap(hf_sam(1), **places)
+    call = lambda model, _: model(batch["pixel_values"], input_boxes=other["input_boxes"])  # noqa: E731
+    with pytest.raises(ValueError, match="got other boxes"):
+        InfoSAMLoss(DIM)(tap(hf_sam(0), call=call, **places), student, batch)
+    replaying = tap(hf_sam(0), call=call, replay_prompts=True, **places)
+    assert torch.equal(
+        InfoSAMLoss(DIM)(replaying, student, batch), InfoSAMLoss(DIM)(tap(hf_sam(0), **places), student, batch)
+    )

@@ -241,6 +241,10 @@ class Recording:
             self._open.with_gradient = False
             if not self._under_way:
                 self._open = None
+        if self._open is not None:
+            # The image features that opened the call may come before the prompts.
+            self._open.prompts = [*self._open.prompts, *self._prompts]
+            self._prompts = []
         self.watch(output)
         self.end_call()
 
