@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from examples import data, files, finetune, models, pretrain_mini_sam
+from tests.support.images import write_folder
 from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,15 +42,7 @@ def write_pair(
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder of five training and three test images."""
-    root = tmp_path / "data"
-    for split, count in (("train", 5), ("test", 3)):
-        names = [f"{split}{index}" for index in range(count)]
-        for name in names:
-            write_pair(root, name)
-        rows = [f"images/{name}.png,masks/{name}.png" for name in names]
-        (root / f"{split}.csv").write_text("\n".join(["image,label", *rows, ""]))
-    return root
+    return write_folder(tmp_path / "data", write_pair)
 
 
 @pytest.fixture(scope="module")

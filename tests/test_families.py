@@ -34,7 +34,7 @@ from tests.support.families import (
     sam2_video_batch,
     track,
 )
-from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam, with_lora
 from tests.support.packages import EVERYTHING, import_quietly, need
 from tests.support.stand_ins import InferenceOnly, MonaiLike, Sam, TinySamDecoder, one_hypernetwork
 
@@ -370,10 +370,7 @@ def test_features_of_two_decoders_do_not_mix():
 
 
 def test_pefts_copies_of_a_decoder_are_one():
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
-    model, batch = get_peft_model(hf_sam(), config), hf_batch()
+    model, batch = with_lora(hf_sam()), hf_batch()
     student = tap(model)
     student(batch)
     with model.disable_adapter():

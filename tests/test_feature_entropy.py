@@ -23,9 +23,10 @@ from renyi_kd import (
 from renyi_kd.feature_entropy import median_distance
 from renyi_kd.ops.gram_moment import gram_moment, reference
 from tests.support import randn
+from tests.support.clusters import FAR, clusters, differences
+from tests.support.kernels import value_and_gradients
+from tests.support.memory import LargestNewTensor
 from tests.support.tolerance import assert_close_on_scale
-from tests.test_gram import FAR, clusters, differences
-from tests.test_kernels import LargestNewTensor
 
 NARROW, CUBIC = RBF(1.5), Polynomial(3, 0.5)
 KERNELS = [
@@ -56,12 +57,6 @@ def variables(n_samples: int, n_variables: int, dtype=torch.float64) -> list[Ten
 
 def from_grams(*features: Tensor, kernel: list) -> Tensor:
     return joint_entropy(*[gram_matrix(x, name) for x, name in zip(features, kernel, strict=True)])
-
-
-def value_and_gradients(function, features: list[Tensor], **keywords) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in features]
-    value = function(*leaves, **keywords)
-    return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, -1.7))]
 
 
 # Closed forms and laws.
@@ -99,8 +94,8 @@ def test_joint_is_not_below_any_variable_and_within_bounds(n, kernel, seed):
 def test_value_and_gradients_are_those_of_the_grams(kernel, blocks):
     for n in (2, 9, 31):
         features = variables(n, len(kernel))
-        actual = value_and_gradients(feature_entropy, features, kernel=kernel)
-        expected = value_and_gradients(from_grams, features, kernel=kernel)
+        actual = value_and_gradients(feature_entropy, *features, kernel=kernel)
+        expected = value_and_gradients(from_grams, *features, kernel=kernel)
         scale = max(gradient.abs().max().item() for gradient in expected[1:])
         assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-12), n
         for index, (a, e) in enumerate(zip(actual[1:], expected[1:], strict=True)):
@@ -110,8 +105,8 @@ def test_value_and_gradients_are_those_of_the_grams(kernel, blocks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_is_summed_in_fp32(dtype, blocks):
     features = variables(31, 2, dtype)
-    actual = value_and_gradients(feature_entropy, features, kernel=[NARROW, "linear"])
-    exact = value_and_gradients(from_grams, [x.double() for x in features], kernel=[NARROW, "linear"])
+    actual = value_and_gradients(feature_entropy, *features, kernel=[NARROW, "linear"])
+    exact = value_and_gradients(from_grams, *[x.double() for x in features], kernel=[NARROW, "linear"])
     assert actual[0].dtype == torch.float32
     assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
     for name, a, e in zip("ab", actual[1:], exact[1:], strict=True):
@@ -129,13 +124,13 @@ def test_far_from_the_origin_rbf_keeps_its_digits(blocks):
 def test_rbf_of_tight_clusters_far_apart(apart, dtype, tight, blocks):
     x, other = clusters(apart, dtype, tight), randn(8, 4, seed=7, dtype=dtype)
     for kernel, features in (([RBF(tight)], [x]), ([RBF(tight), Linear()], [x, other])):
-        actual = value_and_gradients(feature_entropy, features, kernel=kernel)
+        actual = value_and_gradients(feature_entropy, *features, kernel=kernel)
 
         def textbook(x, *others):
             gram = (-differences(x) / (2 * tight**2)).exp()
             return joint_entropy(gram, *map(gram_matrix, others))
 
-        expected = value_and_gradients(textbook, [f.double() for f in features])
+        expected = value_and_gradients(textbook, *[f.double() for f in features])
         assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-5)
         for a, e in zip(actual[1:], expected[1:], strict=True):
             assert_close_on_scale(a, e, name="gradient", rtol=max(4 * torch.finfo(dtype).eps, 1e-5))
@@ -146,7 +141,7 @@ def test_rbf_of_tight_clusters_far_apart(apart, dtype, tight, blocks):
 def test_what_is_not_finite_is_nan(kernel, bad):
     x = randn(9, 4)
     x[3, 1] = bad
-    value, gradient = value_and_gradients(feature_entropy, [x], kernel=kernel)
+    value, gradient = value_and_gradients(feature_entropy, x, kernel=kernel)
     assert value.isnan()
     assert gradient.isnan().any()
 
@@ -160,10 +155,10 @@ def test_gradient_is_the_derivative(kernel, blocks):
 
 def test_gradient_only_where_it_is_needed():
     a, b = variables(9, 2)
-    both = value_and_gradients(feature_entropy, [a, b])
+    both = value_and_gradients(feature_entropy, a, b)
     leaf = b.clone().requires_grad_()
     value = feature_entropy(a, leaf)
-    assert torch.equal(torch.autograd.grad(value, leaf, torch.full_like(value, -1.7))[0], both[2])
+    assert torch.equal(torch.autograd.grad(value, leaf, randn(seed=99, dtype=value.dtype))[0], both[2])
 
 
 def test_mutual_information_is_that_of_the_grams():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from renyi_kd import RBF, Polynomial, gram_matrix, renyi_entropy
 from renyi_kd.gram import unit_diagonal
 from tests.support import randn
+from tests.support.clusters import FAR, clusters, differences
 
 
 def laplace(x):
@@ -154,30 +155,6 @@ def test_rbf_far_from_the_origin_keeps_its_distances():
     x = (x * 64).round() / 64
     near, far = gram_matrix(x, RBF(1.0)), gram_matrix(x + 1024, RBF(1.0))
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
-
-
-def differences(x: torch.Tensor) -> torch.Tensor:
-    """Return squared distances in fp64, each from its difference."""
-    x = x.double()
-    return (x[:, None] - x[None]).square().sum(-1)
-
-
-def clusters(apart: float, dtype: torch.dtype, tight: float = 1.0) -> torch.Tensor:
-    """Return two clusters of four, of which two samples are one."""
-    x = tight * randn(8, 3, dtype=torch.float64)
-    x[1] = x[0]
-    x[4:] += apart
-    return x.to(dtype)
-
-
-FAR = {
-    "hundred": (1e2, torch.float32, 1.0),
-    "ten thousand": (1e4, torch.float32, 1.0),
-    "half precision": (1e3, torch.float16, 8.0),
-    "fp64": (1e9, torch.float64, 1.0),
-    "fp64, tiny": (1.0, torch.float64, 1e-9),
-    "far from the origin": (1e-3, torch.float32, 1e-3),
-}
 
 
 @pytest.mark.parametrize(("apart", "dtype", "tight"), FAR.values(), ids=FAR)

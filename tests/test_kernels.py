@@ -13,8 +13,6 @@ from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
@@ -34,6 +32,7 @@ from tests.support.kernels import (
     textbook_scores,
     value_and_gradients,
 )
+from tests.support.memory import LargestNewTensor
 from tests.support.tolerance import assert_close_on_scale
 
 ELEMENTS = relation_scores_reference.BLOCK_ELEMENTS
@@ -573,22 +572,6 @@ def test_second_derivative_is_refused(function):
 
 
 LAYOUTS_OF_MAPS = ["channel-first", "channels-last", "gaps", "channels-last, gaps", "h b w d", "columns first"]
-
-
-class LargestNewTensor(TorchDispatchMode):
-    """Record the bytes of the largest storage that an operation allocated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return result
 
 
 def largest_new_tensors(function, x: Tensor, *others: Tensor) -> tuple[int, int]:

@@ -15,20 +15,20 @@ from torch import nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms, tap
 from tests.support import gradients as gradients_of
-from tests.support import in_training, living, processes, relation_module
+from tests.support import in_training, module_gradients, processes, relation_module
 from tests.support.loops import (
     Loop,
     MiniSam,
     Step,
     assert_same_gradients,
-    gradients,
     loops,
     run_hf,
     step_by_hand,
     step_with_taps,
     task_loss,
 )
-from tests.support.models import DIM, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.memory import living
+from tests.support.models import DIM, hf_batch, hf_sam, hooks_of, meta_batch, meta_forward, meta_sam
 
 LEARNING_RATE = 0.01
 
@@ -140,7 +140,7 @@ def test_compiled_after_the_tap(hf, what):
     for _ in range(2):
         masks = run_hf(model, hf.batch)
         loss = infosam_loss(tap(teacher, call=hf.run), tapped, hf.batch)
-        step = Step(loss.detach(), gradients(loss + task_loss(masks), student, infosam_loss))
+        step = Step(loss.detach(), module_gradients(loss + task_loss(masks), student, infosam_loss))
         assert_same_step(step, expected)
 
 
@@ -569,10 +569,6 @@ def test_lightning(tmp_path):
 
 
 # many steps, and every way out
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.slow

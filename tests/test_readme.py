@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.readme import with_tables
-from tests.support.models import hf_batch, hf_sam
+from tests.support.models import hf_batch, hf_sam, with_lora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,14 +27,12 @@ BASH = dict(re.findall(r"<!-- command: (\w+) -->\n\n```bash\n(.*?)```", README, 
 @pytest.fixture
 def namespace():
     """Return what a user has when the README begins: two models, their batches and a task loss."""
-    from peft import LoraConfig, get_peft_model
 
     def task_loss(output: object, masks: Tensor) -> Tensor:
         logits = F.interpolate(output.pred_masks[:, :, 0], masks.shape[-2:])
         return F.binary_cross_entropy_with_logits(logits, masks)
 
-    config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
-    student = get_peft_model(hf_sam(dim=256), config)
+    student = with_lora(hf_sam(dim=256))
     batches = [
         {**hf_batch(2, 2, seed), "masks": torch.ones(2, 2, 32, 32), "sample_id": [f"{seed} {i}" for i in range(2)]}
         for seed in range(2)

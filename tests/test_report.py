@@ -12,7 +12,7 @@ from torch import nn
 
 from renyi_kd.__main__ import main
 from renyi_kd.sam.report import report
-from tests.support.models import hf_batch, hf_sam, meta_batch, meta_sam, needs_transformers_with
+from tests.support.models import hf_batch, hf_sam, hooks_of, meta_batch, meta_sam, needs_transformers_with, with_lora
 
 ROOT = Path(__file__).parent.parent
 MODELS = "tests.support.models"
@@ -30,9 +30,7 @@ def frozen_sam() -> nn.Module:
 
 
 def lora_sam() -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(hf_sam(), LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"]))
+    return with_lora(hf_sam())
 
 
 def fails() -> nn.Module:
@@ -127,7 +125,7 @@ def test_running_statistics_stay_as_they_are():
 def test_the_model_is_left_without_hooks():
     model = meta_sam()
     report(model, meta_batch())
-    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,46 +13,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks.segmentation.data import MaskDataset, fixed_points
 from examples.data import InstanceDataset
+from tests.support.images import ring, write_folder, write_list, write_pair
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 
 
-def ring(width: int, height: int) -> np.ndarray:
-    """Return a thick ring with a gap, off the centre."""
-    rows, columns = np.mgrid[:height, :width]
-    radius = np.hypot((columns - 0.45 * width) / width, (rows - 0.55 * height) / height)
-    return (radius > 0.15) & (radius < 0.35) & ~((columns > 0.6 * width) & (abs(rows - 0.55 * height) < 2))
-
-
-def write_pair(
-    folder: Path, name: str, *, size: tuple[int, int] = (48, 40), mask_size: tuple[int, int] | None = None
-) -> None:
-    """Write a noisy image with smooth parts, and a ring as 1-bit mask."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    for subfolder in ("images", "masks"):
-        (folder / subfolder).mkdir(parents=True, exist_ok=True)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    noise = rng.integers(-9, 10, (size[1], size[0], 3))
-    image = np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)
-    Image.fromarray(image).save(folder / f"images/{name}.png")
-    Image.fromarray(ring(*(mask_size or size))).save(folder / f"masks/{name}.png")
-
-
-def write_list(folder: Path, split: str, names: list[str]) -> None:
-    rows = [f"images/{name}.png,masks/{name}.png" for name in names]
-    (folder / f"{split}.csv").write_text("\n".join(["image,label", *rows, ""]))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder of five training and three test images."""
-    root = tmp_path / "data"
-    for split, count in (("train", 5), ("test", 3)):
-        names = [f"{split}{index}" for index in range(count)]
-        for name in names:
-            write_pair(root, name)
-        write_list(root, split, names)
-    return root
+    return write_folder(tmp_path / "data")
 
 
 # preprocessing

@@ -14,12 +14,20 @@ import torch
 from torch import nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, tap
-from tests.support import living
-from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+from tests.support import module_gradients
+from tests.support.memory import living
+from tests.support.models import (
+    DIM,
+    GRID,
+    IMAGE_SIZE,
+    hf_batch,
+    hf_sam,
+    hooks_of,
+    meta_batch,
+    meta_forward,
+    meta_sam,
+    with_lora,
+)
 
 
 def spy_on_transformer(decoder: nn.Module) -> list[torch.Tensor]:
@@ -27,12 +35,6 @@ def spy_on_transformer(decoder: nn.Module) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     decoder.transformer.register_forward_hook(lambda _module, _args, output: seen.append(output[0]))
     return seen
-
-
-def gradients(loss: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    values = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    return {name: value for (name, _), value in zip(named, values, strict=True) if value is not None}
 
 
 # what is read
@@ -90,7 +92,7 @@ def test_precomputed_embeddings_need_no_encoder():
     student(batch)
     loss = InfoSAMLoss(DIM)(teacher, student, batch)
     assert calls == []
-    reached = gradients(loss, model)
+    reached = module_gradients(loss, model)
     assert any("mask_decoder" in name and value.abs().max() > 0 for name, value in reached.items())
 
 
@@ -102,7 +104,8 @@ def test_gradients_reach_encoder_decoder_and_module_as_by_hand(make, batch):
     tapped_teacher, tapped_student = tap(teacher, call=call), tap(student, call=call)
     tapped_student(batch)
     loss = loss_module(tapped_teacher, tapped_student, batch)
-    got = {**gradients(loss, student), **gradients(loss_module(tapped_teacher, tapped_student, batch), loss_module)}
+    of_student, again = module_gradients(loss, student), loss_module(tapped_teacher, tapped_student, batch)
+    got = {**of_student, **module_gradients(again, loss_module)}
     tapped_teacher.close(), tapped_student.close()
 
     def by_hand(model: nn.Module) -> SAMFeatures:
@@ -119,7 +122,8 @@ def test_gradients_reach_encoder_decoder_and_module_as_by_hand(make, batch):
         expected_teacher = by_hand(teacher)
     expected = loss_module(expected_teacher, by_hand(student))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    wanted = {**gradients(expected, student), **gradients(loss_module(expected_teacher, by_hand(student)), loss_module)}
+    of_student, again = module_gradients(expected, student), loss_module(expected_teacher, by_hand(student))
+    wanted = {**of_student, **module_gradients(again, loss_module)}
     scale = max(value.abs().max() for value in wanted.values())
     for name in ("relation.key_proj.weight", *[n for n in wanted if "attn.qkv" in n or "hypernetworks" in n]):
         torch.testing.assert_close(got.get(name), wanted.get(name), rtol=1e-3, atol=float(1e-5 * scale))
@@ -162,31 +166,25 @@ def test_explicit_places_on_a_model_that_is_no_sam():
     batch = (torch.randn(4, 3, 32, 32), torch.randn(4, 5))
     student(batch)
     loss = InfoSAMLoss(DIM)(teacher, student, batch)
-    assert gradients(loss, student.model).keys() == {"image.weight", "image.bias", "text.weight", "text.bias"}
+    assert module_gradients(loss, student.model).keys() == {"image.weight", "image.bias", "text.weight", "text.bias"}
 
 
 # wrappers
 
 
 def test_peft_lora_with_a_saved_copy_of_the_decoder():
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
-    model, batch = get_peft_model(hf_sam(), config), hf_batch()
+    model, batch = with_lora(hf_sam()), hf_batch()
     student, teacher = tap(model), tap(hf_sam())
     student(batch)
     loss = InfoSAMLoss(DIM)(teacher, student, batch)
-    reached = gradients(loss, model)
+    reached = module_gradients(loss, model)
     assert any("lora_B" in name and value.abs().max() > 0 for name, value in reached.items())
     assert any("modules_to_save" in name and value.abs().max() > 0 for name, value in reached.items())
     assert not any("original_module" in name for name in reached)
 
 
 def test_explicit_paths_are_found_behind_wrappers():
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])
-    model = get_peft_model(hf_sam(), config)
+    model = with_lora(hf_sam())
     student = tap(
         model,
         image_features=("vision_encoder", lambda output: output.last_hidden_state),
@@ -368,11 +366,9 @@ def test_the_teacher_gets_the_prompts_that_were_made_in_the_loop():
 
 
 def test_models_that_share_modules_cannot_teach_each_other():
-    from peft import LoraConfig, get_peft_model
-
     model, batch, loss = hf_sam(), hf_batch(), InfoSAMLoss(DIM)
     teacher = tap(model)
-    student = tap(get_peft_model(model, LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoder"])))
+    student = tap(with_lora(model))
     with pytest.raises(ValueError, match=r"models of their own, got models that share.*copy\.deepcopy"):
         loss(teacher, student, batch)
     with pytest.raises(ValueError, match="models of their own"):
@@ -437,7 +433,7 @@ def test_a_frozen_encoder_without_gradient_in_the_explicit_form():
     for _ in range(2):
         student(batch)
         loss = InfoSAMLoss(DIM)(teacher, student, batch)
-        assert gradients(loss, student.model).keys() == {"text.weight", "text.bias"}
+        assert module_gradients(loss, student.model).keys() == {"text.weight", "text.bias"}
     with torch.no_grad():
         student(batch)
     student.model.text(batch[1])
@@ -457,6 +453,21 @@ def test_a_model_that_returns_nothing_while_an_error_is_handled_keeps_its_captur
     except MemoryError:
         student.model(*batch)
     assert student.take().mask_tokens.shape == (4, 1, DIM)
+
+
+def test_an_exception_in_whose_handler_the_model_ran_is_not_kept():
+    class FailedError(Exception):
+        pass
+
+    student, batch = tap(hf_sam()), hf_batch()
+    try:
+        raise FailedError
+    except FailedError as error:
+        kept = weakref.ref(error)
+        student(batch)
+    gc.collect()
+    assert kept() is None
+    assert student.pending
 
 
 def test_batches_are_compared_by_memory_and_plain_values():

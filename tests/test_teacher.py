@@ -18,14 +18,11 @@ from examples.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, Call, InfoSAMLoss, SAMFeatures, Step, Teacher, tap
 from renyi_kd.sam.memory import snapshot
 from renyi_kd.teachers.encoder_cache import EncoderCache
-from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam
+from tests.support.models import DIM, IMAGE_SIZE, hf_batch, hf_sam, meta_batch, meta_forward, meta_sam, with_lora
 
 
 def lora(model: nn.Module, **settings: object) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = {"r": 2, "lora_alpha": 2, "target_modules": ["qkv"], "modules_to_save": ["mask_decoder"], **settings}
-    peft_model = get_peft_model(model, LoraConfig(**config))
+    peft_model = with_lora(model, **{"lora_alpha": 2, **settings})
     # At their initial values adapters change nothing.
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

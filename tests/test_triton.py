@@ -23,6 +23,8 @@ from renyi_kd.ops.gram_terms.types import RelationTerms
 from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
+from tests.support.directions import directions_and_gradients, directions_inputs, textbook_directions
+from tests.support.golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
 from tests.support.kernels import (
     LAYOUTS,
     check_gram,
@@ -34,10 +36,6 @@ from tests.support.kernels import (
 )
 from tests.support.launches import launches
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
-from tests.test_golden import CASES, check_gradients, check_values, features_of, load_case, relation_of
-from tests.test_relation_directions import inputs as directions_inputs
-from tests.test_relation_directions import textbook as textbook_directions
-from tests.test_relation_directions import value_and_gradients as of_directions
 
 batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="Triton is Linux only")
 import renyi_kd.ops.feature_terms.triton  # noqa: E402, F401  (operators are known from here on)
@@ -153,9 +151,9 @@ def check_directions(shape: tuple[int, int, int], dtype: torch.dtype = torch.flo
     found, eager, exact = [], [], []
     for draw in range(n_draws):
         values = on_device(*directions_inputs(*shape, dtype, draw))
-        found.append(of_directions(kernels, values))
-        eager.append(of_directions(textbook_directions, tuple(value.float() for value in values)))
-        exact.append(of_directions(textbook_directions, tuple(value.double() for value in values)))
+        found.append(directions_and_gradients(kernels, values))
+        eager.append(directions_and_gradients(textbook_directions, tuple(value.float() for value in values)))
+        exact.append(directions_and_gradients(textbook_directions, tuple(value.double() for value in values)))
     for name in found[0]:
         value, of_textbook, truth = (
             torch.stack([one[name].detach() for one in each]) for each in (found, eager, exact)
@@ -197,7 +195,7 @@ def test_directions_of_a_dead_token_have_no_gradient():
     tokens[1] = 7.1
     run = {}
     for impl in ("triton", "reference"):
-        run[impl] = of_directions(
+        run[impl] = directions_and_gradients(
             lambda z, *w, impl=impl: relation_directions(z, RelationWeights(*w), impl=impl), (tokens, *weights)
         )
     assert torch.equal(run["triton"]["gradient of mask_tokens"][1], torch.zeros_like(tokens[1]))

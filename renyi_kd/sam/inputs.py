@@ -157,7 +157,10 @@ class _Pair(NamedTuple):
             if sizes[0] != sizes[1]:
                 return f"images of {_listed(sizes[1])} where those of the student are of {_listed(sizes[0])}"
             if numbers[0] != numbers[1]:
-                return f"{numbers[1]} images in its image encoder where there are {numbers[0]} in that of the student"
+                return (
+                    f"{numbers[1]} images in its image encoder where there are {numbers[0]} in that of the student "
+                    "(clear() on the student's tap drops those that were encoded in advance)"
+                )
             return None
         numbers = [sum(x.numel() for x in side) for side in (self.student, self.teacher)]
         if numbers[0] != numbers[1]:

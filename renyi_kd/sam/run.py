@@ -201,8 +201,9 @@ def _run_again(model: nn.Module, ran: Call, step: Step) -> Callable[[], Any]:
         return _run_with_images(model, ran, step.given)
     if ran.arguments is not None and _takes(model, ran):
         return lambda: model(*ran.args, **ran.kwargs)
-    if ran.batch is not None:
-        return lambda: run_model(model, ran.batch.value if ran.batch is not None else None)
+    batch = ran.batch
+    if batch is not None:
+        return lambda: run_model(model, batch.value)
     if step.given is not None and len(step.ran) == 1:
         return lambda: run_model(model, step.given)
     raise ValueError(
@@ -226,7 +227,8 @@ def _run_with_images(model: nn.Module, ran: Call, given: Any) -> Callable[[], An
         raise ValueError(
             "InfoSAMLoss: the teacher must see the images, got image features that the student's own encoder computed; "
             "pass the loss a batch with the images under the name that the teacher's forward takes, or say how the "
-            "teacher runs: tap(model, call=lambda model, batch: ...)"
+            "teacher runs: tap(model, call=lambda model, batch: ...); after image features were computed in advance, "
+            "call clear() on the student's tap"
         )
     return lambda: model(**kept, **images)
 

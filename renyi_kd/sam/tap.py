@@ -275,7 +275,10 @@ class Tap:
     def _end_forward(self, output: Any) -> None:
         self.recording.end_run()
         # An exception that was there before is being handled by the caller: the model may well return None.
-        if output is None and sys.exc_info()[1] is not self._error_before:
+        failed = output is None and sys.exc_info()[1] is not self._error_before
+        # An exception holds the frames that it left, and all that is in them.
+        self._error_before = None
+        if failed:
             self.clear()
 
     def _run(self, batch: Any) -> Any:

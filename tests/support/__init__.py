@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from torch import Tensor, nn
 
@@ -70,11 +68,14 @@ def gradients(
     return dict(zip(leaves, flat[:2], strict=True)), dict(zip(parameters, flat[2:], strict=True))
 
 
-def living() -> tuple[int, int]:
-    """Return how many objects there are, and the bytes of all tensors among them.
-
-    A compiler's tensors, which other tests may have left, are not counted: they have no size.
-    """
-    gc.collect()
-    things = gc.get_objects()
-    return len(things), sum(thing.nbytes for thing in things if type(thing) in (Tensor, nn.Parameter))
+def module_gradients(loss: Tensor, *modules: nn.Module) -> dict[str, Tensor]:
+    """Run backward and return every gradient by its parameter, after the number of the module if there are several."""
+    named = {
+        f"{number}.{name}" if len(modules) > 1 else name: parameter
+        for number, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+    }
+    for parameter in named.values():
+        parameter.grad = None
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in named.items() if parameter.grad is not None}

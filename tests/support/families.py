@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.support.models import DIM, GRID, IMAGE_SIZE, hf_sam, meta_sam, needs_transformers_with
+from tests.support.models import DIM, GRID, IMAGE_SIZE, assemble, hf_sam, meta_sam, needs_transformers_with, spread, vit
 from tests.support.packages import import_quietly, need
-from tests.support.stand_ins import auto_gluon, edge_sam_decoder, efficient_sam, samed, spread, tiny_sam
+from tests.support.stand_ins import auto_gluon, edge_sam_decoder, efficient_sam, samed, tiny_sam
 
 SAM1, HQ, SAM2 = slice(1, 5), slice(1, 5), slice(2, 6)
 # The width of the memory, 64, is written into its attention, and that of the features must be a larger multiple.
@@ -344,38 +344,11 @@ def meta_names(size: int = IMAGE_SIZE) -> dict[str, Any]:
     }
 
 
-def assemble(modeling: Any, encoder: nn.Module, dim: int, size: int, grid: int, **more: Any) -> nn.Module:
-    """Return a Sam of any package with Meta's class names around an encoder."""
-    decoder = more.pop("decoder", modeling.MaskDecoder)
-    prompts = modeling.PromptEncoder(
-        embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=4
-    )
-    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=32, num_heads=2)
-    return modeling.Sam(
-        encoder, prompts, decoder(transformer_dim=dim, transformer=transformer, iou_head_hidden_dim=16, **more)
-    )
-
-
-def _vit(modeling: Any) -> nn.Module:
-    return modeling.ImageEncoderViT(
-        img_size=IMAGE_SIZE,
-        patch_size=IMAGE_SIZE // GRID,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        out_chans=DIM,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=2,
-        global_attn_indexes=(1,),
-    )
-
-
 def sam_hq(seed: int = 0) -> nn.Module:
     modeling = import_quietly("segment_anything_hq.modeling")
     hq = import_quietly("segment_anything_hq.modeling.mask_decoder_hq").MaskDecoderHQ
     torch.manual_seed(seed)
-    return spread(assemble(modeling, _vit(modeling), DIM, IMAGE_SIZE, GRID, decoder=hq, vit_dim=24)).train()
+    return spread(assemble(modeling, vit(modeling), DIM, IMAGE_SIZE, GRID, decoder=hq, vit_dim=24)).train()
 
 
 def mobile_sam(seed: int = 0) -> nn.Module:

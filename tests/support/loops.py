@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import textbook
 from renyi_kd import InfoSAMLoss, SAMFeatures, Tap
+from tests.support import module_gradients
 from tests.support.models import hf_batch, hf_sam, meta_forward, meta_sam
 
 
@@ -44,7 +45,7 @@ def task_loss(masks: list[Tensor]) -> Tensor:
 def step_with_taps(teacher: Tap, student: Tap, batch: Any, infosam_loss: InfoSAMLoss) -> Step:
     masks = student(batch)
     loss = infosam_loss(teacher, student, batch)
-    return Step(loss.detach(), gradients(loss + task_loss(masks), student.model, infosam_loss))
+    return Step(loss.detach(), module_gradients(loss + task_loss(masks), student.model, infosam_loss))
 
 
 def step_by_hand(teacher: nn.Module, student: nn.Module, loop: Loop, infosam_loss: InfoSAMLoss) -> Step:
@@ -53,7 +54,7 @@ def step_by_hand(teacher: nn.Module, student: nn.Module, loop: Loop, infosam_los
         of_teacher, _ = features_by_hand(teacher, loop)
     of_student, masks = features_by_hand(student, loop)
     loss = textbook.infosam_terms(infosam_loss.relation, in_fp32(of_teacher), in_fp32(of_student)).loss
-    return Step(loss.detach(), gradients(loss + task_loss(masks), student, infosam_loss))
+    return Step(loss.detach(), module_gradients(loss + task_loss(masks), student, infosam_loss))
 
 
 def features_by_hand(model: nn.Module, loop: Loop) -> tuple[SAMFeatures, list[Tensor]]:
@@ -79,19 +80,6 @@ def in_fp32(features: SAMFeatures) -> SAMFeatures:
     """Return the first mask token of each sample with its image, as the textbook takes them."""
     images, tokens, index = features
     return SAMFeatures(images.float(), tokens[:, :1].float(), index)
-
-
-def gradients(loss: Tensor, *modules: nn.Module) -> dict[str, Tensor]:
-    """Run backward and return every gradient by the number of its module and the name of its parameter."""
-    named = {
-        f"{number}.{name}": parameter
-        for number, module in enumerate(modules)
-        for name, parameter in module.named_parameters()
-    }
-    for parameter in named.values():
-        parameter.grad = None
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in named.items() if parameter.grad is not None}
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float) -> None:

@@ -33,7 +33,7 @@ def hf_sam(seed: int = 0, dim: int = DIM) -> nn.Module:
         prompt_encoder_config={**size, "hidden_size": dim, "mask_input_channels": 4},
         mask_decoder_config={"hidden_size": dim, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
     )
-    return _spread(SamModel(config)).train()
+    return spread(SamModel(config)).train()
 
 
 def needs_transformers_with(name: str) -> None:
@@ -57,10 +57,27 @@ def hf_batch(n_images: int = 2, n_prompts: int = 1, seed: int = 0) -> dict[str, 
 
 def meta_sam(seed: int = 0) -> nn.Module:
     """Return a segment_anything Sam with 16 channels on a 4 x 4 grid, in training mode."""
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+    from segment_anything import modeling
 
     torch.manual_seed(seed)
-    encoder = ImageEncoderViT(
+    return spread(assemble(modeling, vit(modeling), DIM, IMAGE_SIZE, GRID, iou_head_depth=2)).train()
+
+
+def assemble(modeling: Any, encoder: nn.Module, dim: int, size: int, grid: int, **more: Any) -> nn.Module:
+    """Return a Sam of any package with Meta's class names around an encoder."""
+    decoder = more.pop("decoder", modeling.MaskDecoder)
+    prompts = modeling.PromptEncoder(
+        embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=4
+    )
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=32, num_heads=2)
+    return modeling.Sam(
+        encoder, prompts, decoder(transformer_dim=dim, transformer=transformer, iou_head_hidden_dim=16, **more)
+    )
+
+
+def vit(modeling: Any) -> nn.Module:
+    """Return the encoder of any package with Meta's class names."""
+    return modeling.ImageEncoderViT(
         img_size=IMAGE_SIZE,
         patch_size=IMAGE_SIZE // GRID,
         embed_dim=24,
@@ -72,12 +89,6 @@ def meta_sam(seed: int = 0) -> nn.Module:
         window_size=2,
         global_attn_indexes=(1,),
     )
-    prompts = PromptEncoder(
-        embed_dim=DIM, image_embedding_size=(GRID, GRID), input_image_size=(IMAGE_SIZE, IMAGE_SIZE), mask_in_chans=4
-    )
-    transformer = TwoWayTransformer(depth=2, embedding_dim=DIM, mlp_dim=32, num_heads=2)
-    decoder = MaskDecoder(transformer_dim=DIM, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=16)
-    return _spread(Sam(encoder, prompts, decoder)).train()
 
 
 def meta_batch(n_images: int = 2, n_prompts: int = 1) -> list[dict[str, Any]]:
@@ -106,9 +117,22 @@ def meta_forward(sam: nn.Module, batch: list[dict[str, Any]]) -> list[Tensor]:
     return masks
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def with_lora(model: nn.Module, **settings: Any) -> nn.Module:
+    """Return a peft model that trains LoRA in the encoder and a copy of the mask decoder."""
+    from peft import LoraConfig, get_peft_model
+
+    config = {"r": 2, "target_modules": ["qkv"], "modules_to_save": ["mask_decoder"], **settings}
+    return get_peft_model(model, LoraConfig(**config))
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Return how many forward hooks are on the modules of a model."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def spread(model: nn.Module, scale: float = 0.2) -> nn.Module:
     """Add noise to the initial weights, under which all images and prompts look nearly alike to the decoder."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model

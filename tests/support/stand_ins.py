@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.models import DIM, GRID, IMAGE_SIZE, meta_sam
-
-
-def spread(model: nn.Module, scale: float = 0.2) -> nn.Module:
-    """Add noise to the initial weights, under which all images and prompts look nearly alike to the decoder."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return model
+from tests.support.models import DIM, GRID, IMAGE_SIZE, meta_sam, spread
 
 
 class Encoder(nn.Sequential):

@@ -1,0 +1,35 @@
+"""What is in memory, and what an operation adds to it."""
+
+from __future__ import annotations
+
+import gc
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def living() -> tuple[int, int]:
+    """Return how many objects there are, and the bytes of all tensors among them.
+
+    A compiler's tensors, which other tests may have left, are not counted: they have no size.
+    """
+    gc.collect()
+    things = gc.get_objects()
+    return len(things), sum(thing.nbytes for thing in things if type(thing) in (Tensor, nn.Parameter))
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Record the bytes of the largest storage that an operation allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
