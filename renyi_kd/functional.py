@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
@@ -22,6 +23,7 @@ def infosam_terms(
     alpha: float = 2.0,
     distillation: Distillation = "mutual_information",
     detach_teacher_relation: bool = False,
+    sample_weight: Tensor | None = None,
     global_batch: bool = False,
     check_finite: bool = False,
     impl: Impl = "auto",
@@ -37,8 +39,10 @@ def infosam_terms(
     loss couples all samples: that of a split batch is another loss, and needs at least two samples. L_d does not pull
     the student onto the teacher's relations: its minimum over the student has mutually orthogonal ones.
 
-    What does is not in the paper: under ``distillation="cauchy_schwarz"``, L_d is the Cauchy-Schwarz divergence of the
-    relations' Grams at unit diagonal, G_T and G_S:
+    The forms that do are not in the paper. With G_T and G_S the relations' Grams at unit diagonal, t_ij and s_ij their
+    entries, and r_T, r_S the unit relation maps of one sample:
+
+    ``distillation="cauchy_schwarz"``: the Cauchy-Schwarz divergence of the Grams,
 
         L_d = -log2(<G_T, G_S>^2 / (||G_T||_F^2 ||G_S||_F^2))
 
@@ -48,6 +52,28 @@ def infosam_terms(
     <G_T, G_S> < 2^-20 s, which is nowhere below 40 bits, the logarithm goes on along its tangent, so that
     L_d < 43 + 2 log2 s and every gradient is finite.
 
+    ``"debiased"``: mutual information less what each relation has with itself,
+
+        L_d = S(R_T, R_S) - S(R_T, R_T) / 2 - S(R_S, R_S) / 2
+
+    It is symmetric; not negative but for rounding; at alpha = 2 at most log2(s) / 2 and zero exactly where
+    |s_ij| = |t_ij| for all pairs, without gradient; blind to signs, and unchanged where the whole batch is doubled. It
+    needs alpha >= 2: below, it can be negative. It has local minima above zero, where signs of cosines contradict one
+    another: far from the teacher a student may end there, as ``benchmarks/descent.py`` shows of one drawn at random.
+
+    ``"jensen_renyi"``: the Jensen-Rényi divergence of order 2 of each sample's two relations, in its mean over samples,
+
+        L_d = mean_i w_i (1 - log2(1 + <r_T,i, r_S,i>^2))
+
+    It is in [0, 1] bits for weights w_i = 1: 0 where the maps are equal but for scale and sign, 1 where they are
+    orthogonal, theta^2 / (2 ln 2) at a small angle. It compares no sample with another: one will do (L_r of one is 0),
+    and a mean over micro-batches or processes of as many samples is the loss of them all. Samples of a bank join L_r
+    alone. The relation module is a constant in it, as it could make any two maps alike by forgetting the features. So
+    with ``lambda_r=0`` nothing trains the module: leave it out of the optimiser, whose weight decay would still move
+    it. As it is initialised, its relation is close to the inner product of the normalised token and pixels, which needs
+    no parameters: the projections add 1/48 of a token's length to it at 256 channels, which leaves the maps a cosine of
+    .9998 where pixels are uncorrelated, and above .99 where they have most in common.
+
     Args:
         relation: the module that teacher and student share.
         teacher: its :class:`SAMFeatures`.
@@ -55,8 +81,12 @@ def infosam_terms(
         lambda_r: weight of L_r.
         lambda_d: weight of L_d.
         alpha: order of the entropies, in (0, inf]; the paper's is 2.
-        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, ``"cauchy_schwarz"``, ``"debiased"`` or
+            ``"jensen_renyi"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
+        sample_weight: ``[s]``, on the device of the features, not negative: w_i of ``"jensen_renyi"``, such as the
+            teacher's IoU with the truth, so that a wrong teacher is not followed. The mean is over the number of
+            samples, not over the sum of weights: a batch of bad teachers counts less, and a single one at all.
         global_batch: whether the loss is that of the samples of all processes of the default group together. Each has
             samples of its own, of which a single one will do, and calls the loss as often as the others, in validation
             too. Right where gradients are averaged over these processes, those of the relation module too, as DDP and
@@ -68,11 +98,13 @@ def infosam_terms(
         :class:`InfoSAMTerms` in fp32, or fp64 if any feature is. First derivatives only.
 
     Raises:
-        TypeError: a feature is not a floating-point tensor.
-        ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples,
-            nothing of the student requires grad (while gradients are on), an argument is out of its range, or, under
-            ``check_finite``, a feature is not finite. Under ``global_batch``, features of teacher and student that do
-            not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
+        TypeError: a feature or ``sample_weight`` is not a floating-point tensor.
+        ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples
+            where the form compares them, nothing of the student requires grad (while gradients are on), an argument is
+            out of its range, there are weights in another form than ``"jensen_renyi"``, or, under ``check_finite``, a
+            feature is not finite or weights are negative or all zero, which of weights on the CPU is always seen. Under
+            ``global_batch``, features of teacher and student that do not fit each other raise in every process; an
+            error before that leaves the others waiting, as in DDP.
 
     Cost: four reads of each map and one write of the student's; see ``ops``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
@@ -99,9 +131,18 @@ def infosam_terms(
     check_impl("infosam_terms", impl)
     check_features("infosam_terms", "teacher", teacher)
     check_features("infosam_terms", "student", student)
+    check_sample_weight("infosam_terms", sample_weight, objective, student, check_finite=check_finite)
     scope = Scope(global_batch)
     terms, _ = relation_terms(
-        "infosam_terms", relation, teacher, student, objective, scope, check_finite=check_finite, impl=impl
+        "infosam_terms",
+        relation,
+        teacher,
+        student,
+        objective,
+        scope,
+        sample_weight,
+        check_finite=check_finite,
+        impl=impl,
     )
     return terms
 
@@ -113,17 +154,64 @@ def relation_terms(
     student: SAMFeatures,
     objective: Objective,
     scope: Scope,
+    sample_weight: Tensor | None = None,
     *,
     check_finite: bool,
     impl: Impl,
 ) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
     """Return the loss with its terms, and the Grams of both relations.
 
-    The objective and each model's features were checked before; ``function`` begins the messages of what is wrong with
-    the pair.
+    The objective, each model's features and the weights of the samples were checked before; ``function`` begins the
+    messages of what is wrong with the pair.
     """
-    images = scope.images(function, teacher, student, check_finite=check_finite)
-    pair = Pair(teacher.image_features, teacher.mask_tokens, student.image_features, student.mask_tokens, images)
+    least = 1 if objective.compares_pairs else 2
+    images = scope.images(function, teacher, student, least=least, check_finite=check_finite)
+    pair = Pair(*teacher[:2], *student[:2], images, sample_weight)
     value = relation.value(student.mask_tokens, function=function)
     terms = feature_terms(pair, value, objective, join=scope.join(function), impl=impl)
     return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
+
+
+def check_sample_weight(
+    function: str, weight: Tensor | None, objective: Objective, student: SAMFeatures, *, check_finite: bool
+) -> None:
+    """Raise unless samples can have these weights; ``function`` begins the message.
+
+    Raises:
+        TypeError: they are not a floating-point tensor.
+        ValueError: the form has none, they are not one per sample on the features' device, or their values are out of
+            range: looked at where that waits for no device, and under ``check_finite``.
+
+    """
+    if weight is None:
+        return
+    if not objective.compares_pairs:
+        raise ValueError(
+            f"{function}: sample_weight must go with distillation='jensen_renyi', got it with "
+            f"{objective.distillation!r}, which compares samples with one another; leave it out"
+        )
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        fact = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"{function}: sample_weight must be a floating-point tensor, got {fact}; give one number per sample"
+        )
+    tokens = student.mask_tokens
+    if weight.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"{function}: sample_weight must have shape [s] = [{len(tokens)}], got {list(weight.shape)}; give one "
+            "number per sample (image, prompt), in the order of the mask tokens"
+        )
+    if weight.device != tokens.device:
+        raise ValueError(
+            f"{function}: sample_weight must be on the features' device {tokens.device}, got {weight.device}; move it "
+            f"with sample_weight.to('{tokens.device}')"
+        )
+    if torch.compiler.is_compiling() or not (check_finite or weight.device.type == "cpu"):
+        return
+    values = weight.detach()
+    # Both also where a weight is NaN.
+    if not bool((values >= 0).all() & values.isfinite().all() & (values > 0).any()):
+        raise ValueError(
+            f"{function}: sample_weight must be finite, not negative, and not zero for all samples, got "
+            f"{values.tolist()}; leave the loss out of a step whose teacher is wrong on every sample"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics, diagnose
-from renyi_kd.functional import relation_terms
+from renyi_kd.functional import check_sample_weight, relation_terms
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, check_impl, resolve
 from renyi_kd.relation import RelationModule, check_start
@@ -39,8 +39,8 @@ class InfoSAMLoss(nn.Module):
         lambda_r: weight of the compression term L_r.
         lambda_d: weight of the distillation term L_d.
         alpha: order of the entropies, in (0, inf].
-        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``, which pulls the
-            student's relations onto the teacher's.
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, or one that pulls the student's relations
+            onto the teacher's: ``"cauchy_schwarz"``, ``"debiased"``, ``"jensen_renyi"``.
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
@@ -103,11 +103,25 @@ class InfoSAMLoss(nn.Module):
         self._comparison = Comparison(compare_inputs)
         self._gradient_watch = _GradientWatch()
 
-    def forward(self, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> Tensor:
+    def forward(
+        self,
+        teacher: Teacher | SAMFeatures,
+        student: Tap | SAMFeatures,
+        batch: Any = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
-        return self.terms(teacher, student, batch).loss
+        return self.terms(teacher, student, batch, sample_weight=sample_weight).loss
 
-    def terms(self, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any = None) -> InfoSAMTerms:
+    def terms(
+        self,
+        teacher: Teacher | SAMFeatures,
+        student: Tap | SAMFeatures,
+        batch: Any = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> InfoSAMTerms:
         """Return the loss of a step and its two terms, in bits.
 
         A tapped student contributes what it computed since the last call, or is run on ``batch`` if there is nothing.
@@ -119,6 +133,7 @@ class InfoSAMLoss(nn.Module):
             student: the tap of the model in training, or its :class:`SAMFeatures`.
             batch: what the models run on. May be None if the student has run (the teacher then runs on what it ran
                 on, which may be several batches), or if no teacher has to run.
+            sample_weight: ``[s]``: of the samples in ``"jensen_renyi"``, as in :func:`infosam_terms`.
 
         Raises:
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
@@ -144,13 +159,18 @@ class InfoSAMLoss(nn.Module):
             student, step = student.take_step(batch)
         if not isinstance(teacher, SAMFeatures):
             teacher = teacher.observe(step._replace(comparison=self._comparison))
+        teacher, student = (
+            _with_token(name, features, self.token) for name, features in (("teacher", teacher), ("student", student))
+        )
+        check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
         terms, self._relation_grams = relation_terms(
             "InfoSAMLoss",
             self.relation,
-            _with_token("teacher", teacher, self.token),
-            _with_token("student", student, self.token),
+            teacher,
+            student,
             self.objective,
             self._scope,
+            sample_weight,
             check_finite=self.check_finite,
             impl=self.impl,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from renyi_kd.entropy import check_alpha
 
-Distillation = Literal["mutual_information", "cauchy_schwarz"]
+Distillation = Literal["mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi"]
 
 
 class Objective(NamedTuple):
@@ -22,8 +22,10 @@ class Objective(NamedTuple):
         lambda_r: weight of the compression term L_r; any finite number.
         lambda_d: weight of the distillation term L_d; likewise.
         alpha: order of the entropies, in (0, inf].
-        distillation: the form of L_d: ``"mutual_information"``, the paper's, or ``"cauchy_schwarz"``.
-        detach_teacher_relation: whether L_d takes the teacher's relation as a constant.
+        distillation: the form of L_d: ``"mutual_information"``, the paper's, ``"cauchy_schwarz"``, ``"debiased"`` or
+            ``"jensen_renyi"``; see :func:`infosam_terms`.
+        detach_teacher_relation: whether L_d takes the teacher's relation as a constant, as ``"jensen_renyi"`` always
+            does.
 
     >>> Objective()._replace(lambda_d=0.1).lambda_d
     0.1
@@ -36,6 +38,11 @@ class Objective(NamedTuple):
     distillation: Distillation = "mutual_information"
     detach_teacher_relation: bool = False
 
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether L_d is a mean over samples, each compared with itself: one sample will do, and may have a weight."""
+        return self.distillation == "jensen_renyi"
+
 
 class InfoSAMTerms(NamedTuple):
     """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
@@ -43,8 +50,8 @@ class InfoSAMTerms(NamedTuple):
     Attributes:
         loss: ``lambda_r * compression + lambda_d * distillation``.
         compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
-        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, the
-            Cauchy-Schwarz divergence of their Grams, which is 0 where they are equal and positive elsewhere.
+        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, a form that
+            is 0 where they are equal and positive elsewhere.
 
     """
 
@@ -76,4 +83,9 @@ def check_objective(function: str, objective: Objective) -> None:
         raise ValueError(
             f"{function}: distillation must be one of {get_args(Distillation)}, got {objective.distillation!r}; "
             "'mutual_information' is the paper's"
+        )
+    if objective.distillation == "debiased" and objective.alpha < 2:
+        raise ValueError(
+            f"{function}: alpha must be at least 2 under distillation='debiased', got {objective.alpha!r}; below, it "
+            "can be negative, so that its optimum is no longer the teacher: use alpha=2, or another form"
         )

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is Linux only")
 TARGETS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_90", "sm_100")), "gfx942"]
+GRAM_FORMS = {"mutual_information", "cauchy_schwarz", "debiased"}
 KERNELS = {
     "_batch_gram_bwd_kernel",
     "_batch_gram_fwd_kernel",
@@ -47,8 +48,13 @@ def test_kernels_compile_and_fit(target):
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == KERNELS
     terms = [row["constants"] for row in rows if row["kernel"] == "_gram_terms_fwd_kernel"]
-    choices = {(constants["DETACH"], constants["CAUCHY_SCHWARZ"], constants["BLOCK_S"]) for constants in terms}
-    assert choices == set(product((False, True), (False, True), (2, 4, 16, 32, 64, 256)))
+    forms = {
+        (constants["FORM"], constants["DETACH"], "weight_ptr" not in constants, constants["BLOCK_S"])
+        for constants in terms
+    }
+    # Pairs have a constant teacher anyway, and weights or none.
+    choices = [*product(GRAM_FORMS, (False, True), (False,)), *product(("jensen_renyi",), (False,), (False, True))]
+    assert forms == {(*choice, samples) for choice in choices for samples in (1, 2, 4, 16, 32, 64, 256)}
     for row in rows:
         assert row["machine_code_bytes"] > 0, row
         assert row["spilled"] == 0, row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -48,8 +49,10 @@ def rows(features: SAMFeatures, wanted: list[int]) -> SAMFeatures:
     )
 
 
-@pytest.mark.parametrize("distillation", ["mutual_information", "cauchy_schwarz"])
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("distillation", "alpha"),
+    [*product(["mutual_information", "cauchy_schwarz"], [1.0, 2.0]), ("debiased", 2.0), ("debiased", 3.0)],
+)
 def test_a_step_is_that_of_its_samples_and_the_last_ones(alpha, distillation):
     settings = {"alpha": alpha, "distillation": distillation}
     infosam = with_bank(3, **settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, kernels, measure, teachers
+from benchmarks import cases, descent, gpu, kernels, measure, teachers
 from benchmarks.segmentation import grid
 
 ROOT = Path(__file__).parent.parent
@@ -248,10 +248,31 @@ def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
     assert "--only must name steps of ['tests', 'loss'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [kernels, gpu, teachers, grid])
+@pytest.mark.parametrize("module", [kernels, gpu, teachers, grid, descent])
 def test_help_says_what_every_option_does(module):
     words = {grid: ["benchmarks.segmentation", "run"]}.get(module, [module.__name__])
     command = [sys.executable, "-W", "error", "-m", *words, "--help"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for field in dataclasses.fields(module.Options):
         assert f"--{field.name.replace('_', '-')} " in said.replace(",", " ")
+
+
+def test_descents_are_written_drawn_and_printed(tmp_path, capsys):
+    words = ["--samples", "2", "3", "--pixels", "8", "--steps", "20", "--points", "5"]
+    descent.main(["--out", str(tmp_path / "new"), *words])
+    said = capsys.readouterr().out
+    table = measure.read_rows(tmp_path / "new/results/descent.csv")
+    assert tuple(table.columns) == ("form", "start", "samples", *descent.State._fields)
+    descents = table.groupby(["form", "start", "samples"])
+    assert len(descents) == 4 * 3 * 2
+    for (form, start, _), one in descents:
+        steps = one["step"].astype(int).tolist()
+        assert steps == sorted(set(steps))
+        assert steps[0] == 0
+        # One that begins where the form has its minimum has ended.
+        assert steps[-1] == 0 if start == "teacher" and form != "mutual_information" else len(steps) == 5
+    assert said.count("| jensen_renyi |") == 6
+    assert (tmp_path / "new/assets/descent.png").read_bytes().startswith(b"\x89PNG")
+    descent.main(["--out", str(tmp_path / "again"), *words])
+    again = tmp_path / "again/results/descent.csv"
+    assert again.read_bytes() == (tmp_path / "new/results/descent.csv").read_bytes()

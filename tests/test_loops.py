@@ -223,7 +223,7 @@ def all_parts(seed: int, dtype: torch.dtype = torch.float64, **settings: Any) ->
     return SAMFeatures(
         torch.cat([of_rank.image_features for of_rank in parts]).to(dtype),
         torch.cat([of_rank.mask_tokens for of_rank in parts]).to(dtype),
-        torch.tensor([0, 2, 1, 2]),
+        torch.tensor([0, 1, 2, 3] if "image_index" in settings else [0, 2, 1, 2]),
     )
 
 
@@ -258,6 +258,66 @@ def test_a_bank_holds_samples_of_all_processes(found):
         assert [loss.item() for loss in of_rank["bank_over_the_global_batch"]] == pytest.approx(expected, rel=1e-12)
 
 
+def pairs_of_one_process(weight: list[float] | None, lambda_r: float, **settings: Any) -> list[Any]:
+    """Return what :func:`processes.step_of_pairs` does, of the samples of all processes."""
+    relation, student = relation_module(dtype=torch.float64), in_training(all_parts(10, **settings))
+    loss = infosam_terms(
+        relation,
+        all_parts(0, **settings),
+        student,
+        distillation="jensen_renyi",
+        lambda_r=lambda_r,
+        sample_weight=None if weight is None else torch.tensor(weight, dtype=torch.float64),
+    ).loss
+    return [loss.detach(), *gradients_of(loss, student, relation)]
+
+
+@pytest.mark.parametrize(
+    ("check", "weight"),
+    [
+        ("pairs_over_the_global_batch", None),
+        ("weighted_pairs_over_the_global_batch", [0.25, 1.0, 0.0, 0.6]),
+        ("pairs_weighted_in_several_dtypes_over_the_global_batch", [0.25, 1.0, 0.0, 0.5]),
+    ],
+)
+def test_pairs_of_unequal_parts_are_those_of_one_process(found, check, weight):
+    loss, of_student, of_module = pairs_of_one_process(weight, 0.3)
+    one, other = (of_rank[check] for of_rank in found)
+    assert torch.equal(one[0], other[0])
+    torch.testing.assert_close(one[0], loss, rtol=1e-12, atol=0)
+    for name, value in of_student.items():
+        torch.testing.assert_close(torch.cat([one[1][name], other[1][name]]), 2 * value, rtol=1e-10, atol=1e-12)
+    for name, value in of_module.items():
+        torch.testing.assert_close((one[2][name] + other[2][name]) / 2, value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("check", "weight"), [("pairs_of_equal_shards", None), ("weighted_pairs_of_equal_shards", [0.25, 1.0, 0.0, 0.6])]
+)
+def test_pairs_of_equal_shards_need_no_global_batch(found, check, weight):
+    loss, of_student, _ = pairs_of_one_process(weight, 0.0, image_index=[0, 1])
+    one, other = (of_rank[check] for of_rank in found)
+    torch.testing.assert_close((one[0] + other[0]) / 2, loss, rtol=1e-12, atol=0)
+    for name, value in of_student.items():
+        torch.testing.assert_close(torch.cat([one[1][name], other[1][name]]), 2 * value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bank_of_all_processes_leaves_pairs_alone(found):
+    expected = [
+        infosam_terms(
+            relation_module(dtype=torch.float64),
+            all_parts(seed),
+            in_training(all_parts(seed + 10)),
+            distillation="jensen_renyi",
+            sample_weight=None if weight is None else torch.tensor(weight, dtype=torch.float64),
+        ).distillation.item()
+        for seed, weight in ((0, [0.25, 1.0, 0.0, 0.6]), (20, None), (40, [0.25, 1.0, 0.0, 0.6]))
+    ]
+    for of_rank in found:
+        values = [value.item() for value in of_rank["bank_of_pairs_over_the_global_batch"]]
+        assert values == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_global_batch_in_half_precision(found):
     whole = all_parts(0, torch.float16), in_training(all_parts(10, torch.float16))
     expected = infosam_terms(relation_module(), *whole).loss.item()
@@ -286,6 +346,8 @@ def test_a_global_batch_of_all_tokens(found):
     [
         ("global_batch_of_two_sizes", r"got maps \[12, 2, 3\], 1 tokens, .* in process 0 and maps \[12, 2, 4\]"),
         ("global_batch_of_two_dtypes", r"torch.float16, .* in process 0 and .* torch.bfloat16, .* in process 1"),
+        ("pairs_with_weights_in_one_process", r"one by one with weights, .* in process 0 and .* one by one, with"),
+        ("pairs_beside_another_form", r"compared one by one, .* in process 0 and .* compared together, "),
         ("global_batch_with_gradient_in_one_process", r"with gradient in process 0 and .*without gradient in"),
         ("one_sample_of_a_process_without_the_global_batch", r"at least two samples .* global_batch=True"),
     ],

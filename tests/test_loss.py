@@ -9,6 +9,7 @@ import pickle
 import re
 from functools import partial
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from renyi_kd import (
     renyi_entropy,
     tap,
 )
+from renyi_kd.objective import Distillation
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.dispatch import resolve
 from renyi_kd.ops.gram_terms import gram_terms
@@ -45,7 +47,7 @@ INDEX = {
     "own": [0, 1, 2],
 }
 WEIGHTS = [{}, {"lambda_r": 0.3, "lambda_d": -1.7}, {"lambda_r": 0.0}, {"lambda_d": 0.0}]
-DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
+DISTILLATIONS = list(get_args(Distillation))
 
 
 def pair(**keywords) -> tuple[SAMFeatures, SAMFeatures]:
@@ -66,10 +68,30 @@ def results(function, relation, teacher, student, **keywords) -> dict[str, Tenso
     return {**{name: value.detach() for name, value in terms._asdict().items()}, **of_student, "module": module}
 
 
-def distillation_by_hand(teacher_gram: Tensor, student_gram: Tensor, distillation: str, alpha: float = 2.0) -> Tensor:
+def forms_at(*orders: float) -> list[tuple[str, float]]:
+    """Return every form at each of the orders that it has."""
+    return [(form, alpha) for form, alpha in product(DISTILLATIONS, orders) if form != "debiased" or alpha >= 2]
+
+
+def distillation_by_hand(teacher: Tensor, student: Tensor, distillation: str, alpha: float = 2.0) -> Tensor:
+    """Return L_d of relation maps ``[s, k]``."""
+    if distillation == "jensen_renyi":
+        pairs = zip(teacher.detach(), student, strict=True)
+        return torch.stack([renyi_entropy(gram_matrix(torch.stack(pair)), 2) for pair in pairs]).mean()
+    grams = gram_matrix(teacher), gram_matrix(student)
     if distillation == "mutual_information":
-        return -mutual_information(teacher_gram, student_gram, alpha)
-    return -2 * torch.cosine_similarity(teacher_gram.flatten(), student_gram.flatten(), 0).log2()
+        return -mutual_information(*grams, alpha)
+    if distillation == "debiased":
+        own = [joint_entropy(gram, gram, alpha=alpha) for gram in grams]
+        return joint_entropy(*grams, alpha=alpha) - sum(own) / 2
+    return -2 * torch.cosine_similarity(*(gram.flatten() for gram in grams), 0).log2()
+
+
+def student_maps_by_hand(relation: RelationModule, student: SAMFeatures, distillation: str) -> Tensor:
+    """Return the student's relation maps ``[s, k]``, made by a module that is a constant where the form takes it so."""
+    if distillation == "jensen_renyi":
+        relation = copy.deepcopy(relation).requires_grad_(False)
+    return relation(*student).flatten(1)
 
 
 def in_double(relation: RelationModule) -> RelationModule:
@@ -144,26 +166,26 @@ def test_loss_weighs_its_terms(weights, form):
     assert torch.equal(of_function.loss, loss)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.01, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("index", [None, [2, 0, 1, 0, 2]], ids=["none", "unsorted"])
-@pytest.mark.parametrize("form", DISTILLATIONS)
+@pytest.mark.parametrize(("form", "alpha"), forms_at(0.5, 1.0, 1.01, 2.0, 3.0, math.inf))
 def test_terms_are_those_of_the_grams(alpha, index, form):
     relation, (teacher, student) = relation_module(dtype=torch.float64), pair(dtype=torch.float64, image_index=index)
     trained = in_training(student)
     terms = infosam_terms(relation, teacher, trained, alpha=alpha, distillation=form)
     again = in_training(student)
-    of_teacher, of_student = (gram_matrix(relation(*f).flatten(1)) for f in (teacher, again))
+    teacher_maps = relation(*teacher).flatten(1)
+    of_teacher = gram_matrix(teacher_maps)
     images = teacher.image_features if index is None else teacher.image_features[index]
     inputs = gram_matrix(images.flatten(1)), gram_matrix(teacher.mask_tokens.flatten(1))
     compression = renyi_entropy(of_teacher, alpha) - joint_entropy(*inputs, of_teacher, alpha=alpha)
-    distillation = distillation_by_hand(of_teacher, of_student, form, alpha)
+    distillation = distillation_by_hand(teacher_maps, student_maps_by_hand(relation, again, form), form, alpha)
     assert terms.compression.item() == pytest.approx(compression.item(), rel=1e-9)
     assert terms.distillation.item() == pytest.approx(distillation.item(), rel=1e-9)
     by_hand = gradients(compression + 0.5 * distillation, again, relation)
     for actual, expected in zip(gradients(terms.loss, trained, relation), by_hand, strict=True):
         for name in expected:
             assert_close_on_scale(actual[name], expected[name], name=name, rtol=1e-8)
-    assert InfoSAMLoss(DIM, alpha=alpha).alpha == alpha
+    assert InfoSAMLoss(DIM, alpha=alpha, distillation=form).alpha == alpha
 
 
 def test_alpha_of_the_module_is_used():
@@ -176,16 +198,17 @@ def test_alpha_of_the_module_is_used():
     assert infosam_terms(infosam.relation, teacher, in_training(student)).loss != infosam(teacher, in_training(student))
 
 
-def test_distillation_of_the_module_is_used():
+@pytest.mark.parametrize("name", DISTILLATIONS[1:])
+def test_distillation_of_the_module_is_used(name):
     teacher, student = pair()
-    infosam = InfoSAMLoss(DIM, distillation="cauchy_schwarz")
+    infosam = InfoSAMLoss(DIM, distillation=name)
     of_module = infosam.terms(teacher, in_training(student))
     of_function, papers = (
         infosam_terms(infosam.relation, teacher, in_training(student), distillation=form)
-        for form in ("cauchy_schwarz", "mutual_information")
+        for form in (name, "mutual_information")
     )
     assert all(map(torch.equal, of_module, of_function))
-    assert torch.equal(of_module.compression, papers.compression)
+    assert of_module.compression.item() == pytest.approx(papers.compression.item(), abs=1e-6)
     assert of_module.distillation > 0 > papers.distillation
     assert torch.equal(papers.loss, infosam_terms(infosam.relation, teacher, in_training(student)).loss)
 
@@ -268,12 +291,13 @@ def test_terms_stay_within_their_bounds(seed, index, n_tokens, alike, scale, for
     if form == "mutual_information":
         assert terms.distillation >= -min(diagnostics.teacher_entropy, diagnostics.student_entropy) - 1e-9
     else:
-        assert -1e-9 <= terms.distillation < 43 + 2 * n_bits
+        most = {"cauchy_schwarz": 43 + 2 * n_bits, "debiased": n_bits / 2, "jensen_renyi": 1.0}[form]
+        assert -1e-9 <= terms.distillation <= most + 1e-9
 
 
 @pytest.mark.parametrize("form", DISTILLATIONS)
 def test_gradient_of_the_distillation_where_the_student_equals_the_teacher(form):
-    """The paper's leads away from there; the Cauchy-Schwarz divergence is zero and stays."""
+    """The paper's leads away from there; the other forms are zero and stay."""
     relation, (teacher, _) = relation_module(), pair()
     student = in_training(teacher)
     terms = infosam_terms(relation, teacher, student, distillation=form)
@@ -287,7 +311,7 @@ def test_gradient_of_the_distillation_where_the_student_equals_the_teacher(form)
 
 @pytest.mark.parametrize("form", DISTILLATIONS)
 def test_a_student_that_follows_the_distillation(form):
-    """From near the teacher: the paper's takes the Gram of the relations away from there, the other one home."""
+    """From near the teacher: the paper's takes the Gram of the relations away from there, the others home."""
     relation, (teacher, other) = relation_module().requires_grad_(False), pair()
     teacher = teacher._replace(image_features=teacher.image_features + 2 * teacher.image_features[:1])
     student = in_training(teacher._replace(mask_tokens=teacher.mask_tokens + 0.2 * other.mask_tokens))
@@ -329,9 +353,8 @@ def test_distillation_is_least_for_orthogonal_relations_of_the_student():
 # Derivatives.
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("index", [None, [1, 0, 1]], ids=["none", "repeated"])
-@pytest.mark.parametrize("form", DISTILLATIONS)
+@pytest.mark.parametrize(("form", "alpha"), [*forms_at(0.5, 1.0, 2.0, 3.0), ("debiased", math.inf)])
 def test_gradient_of_the_loss_is_the_derivative(alpha, index, form):
     keywords = {"dim": 4, "size": (2, 2), "image_index": index, "dtype": torch.float64}
     relation = relation_module(4, dtype=torch.float64)
@@ -343,8 +366,15 @@ def test_gradient_of_the_loss_is_the_derivative(alpha, index, form):
         return tuple(infosam_terms(relation, teacher, moved, alpha=alpha, distillation=form))
 
     trained = in_training(student)
+    features = trained.image_features, trained.mask_tokens
     parameters = relation.key_proj.weight, relation.layer_norm_feat.weight
-    assert torch.autograd.gradcheck(terms, (trained.image_features, trained.mask_tokens, *parameters))
+    if form == "jensen_renyi":
+        # The module is a constant in it, which moved parameters are not: they have a derivative of L_r alone.
+        constant = [parameter.detach() for parameter in parameters]
+        assert torch.autograd.gradcheck(terms, (*features, *constant))
+        assert torch.autograd.gradcheck(lambda *moved: terms(*moved)[1], (*features, *parameters))
+    else:
+        assert torch.autograd.gradcheck(terms, (*features, *parameters))
 
 
 @pytest.mark.parametrize("index", [None, [1, 0, 1]], ids=["none", "repeated"])
@@ -375,7 +405,7 @@ def test_a_second_derivative_is_refused(function, form):
         )
 
 
-@pytest.mark.parametrize("form", DISTILLATIONS)
+@pytest.mark.parametrize("form", ["mutual_information", "cauchy_schwarz", "debiased"])
 def test_detached_teacher_relation_gives_the_distillation_no_gradient_through_it(form):
     relation, (teacher, student) = relation_module(dtype=torch.float64), pair(dtype=torch.float64)
     trained = in_training(student)
@@ -386,8 +416,8 @@ def test_detached_teacher_relation_gives_the_distillation_no_gradient_through_it
     actual = gradients(detached.loss, trained, relation)
 
     again = in_training(student)
-    constant = gram_matrix(relation(*teacher).flatten(1).detach())
-    distillation = distillation_by_hand(constant, gram_matrix(relation(*again).flatten(1)), form)
+    constant = relation(*teacher).flatten(1).detach()
+    distillation = distillation_by_hand(constant, relation(*again).flatten(1), form)
     compression = infosam_terms(relation, teacher, again).compression
     expected = gradients(0.7 * compression + 0.5 * distillation, again, relation)
     ordinary = results(infosam_terms, relation, teacher, student, **keywords)["module"]
@@ -543,6 +573,7 @@ def test_an_objective_is_checked_when_it_is_set():
         ({"lambda_r": math.inf}, "lambda_r must be a finite number, got inf; 0 switches"),
         ({"alpha": 0}, "alpha must be a number above 0, got 0; 2 is the order"),
         ({"distillation": "cosine"}, "distillation must be one of .*, got 'cosine'; 'mutual_information' is"),
+        ({"distillation": "debiased", "alpha": 1.9}, "alpha must be at least 2 under .*'debiased', got 1.9; below"),
     ):
         with pytest.raises(ValueError, match=f"InfoSAMLoss: {message}"):
             infosam.objective = infosam.objective._replace(**changes)
@@ -674,9 +705,9 @@ def test_order_must_be_positive(alpha):
 
 
 @pytest.mark.parametrize("value", ["Cauchy-Schwarz", "", None, True, ["cauchy_schwarz"]])
-def test_distillation_must_be_one_of_the_two(value):
+def test_distillation_must_be_one_of_its_forms(value):
     message = (
-        r"{}: distillation must be one of \('mutual_information', 'cauchy_schwarz'\), "
+        r"{}: distillation must be one of \('mutual_information', 'cauchy_schwarz', 'debiased', 'jensen_renyi'\), "
         rf"got {re.escape(repr(value))}; 'mutual_information' is the paper's"
     )
     with pytest.raises(ValueError, match=message.format("InfoSAMLoss")):

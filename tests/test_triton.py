@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, feature_entropy, gram, infosam_terms
 from renyi_kd.ops import dispatch
 from renyi_kd.ops.batch_gram import batch_gram
+from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.ops.gram_moment import gram_moment
 from renyi_kd.ops.gram_terms import gram_terms
 from renyi_kd.ops.gram_terms.types import RelationTerms
@@ -38,7 +39,8 @@ from tests.support.launches import launches
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 
 batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="Triton is Linux only")
-import renyi_kd.ops.feature_terms.triton  # noqa: E402, F401  (operators are known from here on)
+import renyi_kd.ops.feature_terms.triton  # noqa: E402  (operators are known from here on)
+import renyi_kd.ops.gram_terms.triton  # noqa: E402, F401
 from renyi_kd.ops.feature_terms import teacher_kernel  # noqa: E402
 from renyi_kd.ops.gram_moment import triton as gram_moment_triton  # noqa: E402
 from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels  # noqa: E402
@@ -326,7 +328,8 @@ def test_teacher_pass_keeps_nan_where_it_is():
 # gram_terms.
 
 BLOCK_L = gram_terms_kernels.map_blocks(4)["BLOCK_L"]
-DISTILLATIONS = ["mutual_information", "cauchy_schwarz"]
+DISTILLATIONS = ["mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi"]
+GRAM_FORMS = DISTILLATIONS[:3]
 SIZES = [
     (2, 1),
     (3, BLOCK_L - 1),
@@ -350,12 +353,20 @@ def relations(n_samples: int, n_scores: int, dtype: torch.dtype = torch.float32)
     return on_device(images @ images.mT, tokens @ tokens.mT, teacher.to(dtype), student.to(dtype))
 
 
-def terms_and_gradients(impl, arguments, upstream=(-1.7, 0.4, -2.1), **keywords) -> tuple[RelationTerms, list[Tensor]]:
+def terms_and_gradients(
+    impl, arguments, upstream=(-1.7, 0.4, -2.1), weight=None, **keywords
+) -> tuple[RelationTerms, list[Tensor]]:
     image_gram, token_gram, *maps = arguments
     maps = [scores.detach().requires_grad_() for scores in maps]
-    terms = gram_terms(image_gram, token_gram, *maps, Objective(**keywords), impl=impl)
+    terms = gram_terms(image_gram, token_gram, *maps, Objective(**keywords), weight=weight, impl=impl)
     total = sum(weight * term for weight, term in zip(upstream, terms[:3], strict=True) if weight)
-    return terms, list(torch.autograd.grad(total, maps))
+    # Of pairs, L_r has nothing of the student's map and L_d nothing of the teacher's.
+    return terms, list(torch.autograd.grad(total, maps, materialize_grads=True))
+
+
+def sample_weights(n_samples: int) -> Tensor:
+    """Return weights of samples, the first of them 0 where there are several."""
+    return torch.linspace(0 if n_samples > 1 else 0.3, 1.7, n_samples, device=DEVICE)
 
 
 # Maps of a lower precision differ in how they are loaded: in one stretch of rows that fill no block, and in several.
@@ -386,13 +397,67 @@ def test_terms_of_relations(size, dtype, form):
             assert_within_budget(a, e, t, name=f"gradient of the {name}'s map")
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, BLOCK_L + 1), *SIZES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_terms_of_weighted_pairs(size, dtype):
+    image_gram, token_gram, *maps = relations(*size)
+    arguments, weight = (image_gram, token_gram, *(scores.to(dtype) for scores in maps)), sample_weights(size[0])
+    keywords = {"lambda_r": 1.5, "lambda_d": 0.25, "distillation": "jensen_renyi"}
+    actual, actual_gradients = terms_and_gradients("triton", arguments, weight=weight, **keywords)
+    eager_gradients = terms_and_gradients("reference", arguments, weight=weight, **keywords)[1]
+    doubles = [value.double() for value in arguments]
+    exact, exact_gradients = terms_and_gradients("reference", doubles, weight=weight.double(), **keywords)
+    for name, a, t in zip(RelationTerms._fields, actual, exact, strict=True):
+        eps = 1e-13 if a.dtype == torch.float64 else torch.finfo(dtype).eps
+        assert_close_on_scale(a, t, name=name, rtol=eps, scale=1.0)
+    if size[1] > 1:
+        assert_within_budget(actual_gradients[1], eager_gradients[1], exact_gradients[1], name="student")
+        # One sample's L_r is constant.
+        if size[0] == 1:
+            assert torch.equal(actual_gradients[0], torch.zeros_like(actual_gradients[0]))
+        else:
+            assert_within_budget(actual_gradients[0], eager_gradients[0], exact_gradients[0], name="teacher")
+
+
+@pytest.mark.parametrize("form", GRAM_FORMS)
+def test_terms_of_one_sample_are_constant(form):
+    terms, gradients_of_maps = terms_and_gradients("triton", relations(1, 70), distillation=form)
+    assert terms.loss == terms.compression == terms.distillation == 0
+    assert terms.teacher_gram == terms.student_gram == 1
+    for gradient in gradients_of_maps:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_every_number_that_is_kept_for_the_backward_is_written(form):
+    """In deterministic mode PyTorch fills what ``empty`` returns with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = torch.ops.renyi_kd.gram_terms(*relations(5, 70), 1.0, 0.5, form, False, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_every_dtype_and_any_stride(dtype):
+    arguments, weight = relations(5, 70), sample_weights(5).to(dtype)
+    strided = torch.full((10,), math.nan, dtype=dtype, device=DEVICE)
+    strided[::2] = weight
+    actual = gram_terms(*arguments, Objective(distillation="jensen_renyi"), weight=strided[::2], impl="triton")
+    expected = gram_terms(*arguments, Objective(distillation="jensen_renyi"), weight=weight, impl="reference")
+    for name, a, e in zip(RelationTerms._fields, actual, expected, strict=True):
+        assert_close_on_scale(a, e, name=name, rtol=1e-6)
+
+
 @pytest.mark.parametrize("elements", [1, 150])
 @pytest.mark.parametrize("limit", ["PARTIAL_ELEMENTS", "PART_ELEMENTS"])
-def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, monkeypatch):
-    arguments = relations(5, 4 * BLOCK_L + 3)
-    expected = gram_terms(*arguments, Objective(), impl="triton")
+@pytest.mark.parametrize("form", ["mutual_information", "jensen_renyi"])
+def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, form, monkeypatch):
+    arguments, objective = relations(5, 4 * BLOCK_L + 3), Objective(distillation=form)
+    expected = gram_terms(*arguments, objective, impl="triton")
     monkeypatch.setattr(gram_terms_kernels, limit, elements)
-    for a, e in zip(gram_terms(*arguments, Objective(), impl="triton"), expected, strict=True):
+    for a, e in zip(gram_terms(*arguments, objective, impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -459,6 +524,33 @@ def test_divergence_of_equal_relations_is_zero_without_gradient():
     terms, gradients_of_maps = terms_and_gradients("triton", (image_gram, token_gram, maps, maps), **keywords)
     assert terms.distillation.item() == pytest.approx(0, abs=1e-12)
     assert all(gradient.abs().max() < 1e-12 for gradient in gradients_of_maps)
+
+
+@pytest.mark.parametrize("size", [(2, 1), (5, 70), (17, 33)], ids=str)
+def test_debiased_term_of_equal_relations_is_zero_without_gradient(size):
+    """To the last bit, and so where one model's maps have another sign."""
+    image_gram, token_gram, maps, _ = relations(*size)
+    signs = torch.where(torch.arange(len(maps), device=DEVICE) % 2 == 0, 1, -1)[:, None]
+    for student in (maps, signs * maps):
+        terms, gradients_of_maps = terms_and_gradients(
+            "triton", (image_gram, token_gram, maps, student), (0, 0, -1.7), distillation="debiased"
+        )
+        assert terms.distillation == 0
+        for gradient in gradients_of_maps:
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_pairs_at_right_angles_have_one_bit_and_equal_ones_none():
+    teacher, student = torch.eye(4, 9), torch.eye(4, 9).flip(0)
+    # Of two a pair is equal but for scale and sign.
+    student[:2] = torch.tensor([4.0, -0.5])[:, None] * teacher[:2]
+    arguments = (*relations(4, 9)[:2], *on_device(teacher, student))
+    terms, (_, gradient) = terms_and_gradients("triton", arguments, (0, 0, -1.7), distillation="jensen_renyi")
+    assert terms.distillation == 0.5
+    # A maximum, and a minimum.
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    weight = torch.tensor([1.0, 1.0, 0.5, 0.0], device=DEVICE)
+    assert gram_terms(*arguments, Objective(distillation="jensen_renyi"), weight=weight, impl="triton")[2] == 0.125
 
 
 @pytest.mark.parametrize("form", DISTILLATIONS)
@@ -588,6 +680,11 @@ def loss_and_gradients(function, teacher, student, relation, **keywords) -> list
     return [*terms, *leaves.values(), *parameters.values()]
 
 
+def weighted(form: str, features: SAMFeatures) -> dict[str, Tensor]:
+    """Return weights of the samples as a keyword, where the form has them."""
+    return {"sample_weight": sample_weights(len(features.mask_tokens))} if form == "jensen_renyi" else {}
+
+
 def setting(dtype=torch.float32, image_index=None):
     def prepare(features: SAMFeatures) -> SAMFeatures:
         return features._replace(
@@ -605,6 +702,7 @@ def setting(dtype=torch.float32, image_index=None):
 def test_the_loss_is_that_of_the_reference(dtype, image_index, detach, form):
     arguments = setting(dtype, image_index)
     keywords = {"lambda_r": 0.7, "lambda_d": 1.5, "detach_teacher_relation": detach, "distillation": form}
+    keywords |= weighted(form, arguments[0])
     actual = loss_and_gradients(infosam_terms, *arguments, impl="triton", **keywords)
     expected = loss_and_gradients(infosam_terms, *arguments, impl="reference", **keywords)
     largest = max(value.abs().max().item() for value in expected[5:])
@@ -615,11 +713,12 @@ def test_the_loss_is_that_of_the_reference(dtype, image_index, detach, form):
 
 
 @pytest.mark.parametrize("image_index", [None, [0, 1, 0, 2, 2]], ids=str)
-def test_the_loss_with_samples_of_earlier_steps_is_that_of_the_reference(image_index):
+@pytest.mark.parametrize("form", DISTILLATIONS)
+def test_the_loss_with_samples_of_earlier_steps_is_that_of_the_reference(image_index, form):
     found = {}
     for impl in ("triton", "reference"):
         teacher, student, relation = setting(image_index=image_index)
-        infosam = InfoSAMLoss(12, bank_size=3, impl=impl).to(DEVICE)
+        infosam = InfoSAMLoss(12, bank_size=3, distillation=form, impl=impl).to(DEVICE)
         infosam.relation = relation
         infosam(teacher, student._replace(image_features=student.image_features.flip(-1)))
         loss = infosam(teacher, student)
@@ -631,7 +730,8 @@ def test_the_loss_with_samples_of_earlier_steps_is_that_of_the_reference(image_i
 
 @pytest.mark.parametrize("parts", ["map", "tokens", "map, module", "tokens, module", "map, tokens, module"])
 @pytest.mark.parametrize("n_tokens", [1, 3])
-def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens):
+@pytest.mark.parametrize("form", ["mutual_information", "jensen_renyi"])
+def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens, form):
     """Of one token the teacher's map takes one read, of several two."""
     teacher, student, relation = setting()
     tokens = [torch.cat([features.mask_tokens.detach()] * n_tokens, 1) for features in (teacher, student)]
@@ -644,7 +744,11 @@ def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens):
     found = {}
     for impl in ("triton", "reference"):
         terms = infosam_terms(
-            relation, teacher._replace(mask_tokens=tokens[0]), SAMFeatures(leaves["map"], leaves["tokens"]), impl=impl
+            relation,
+            teacher._replace(mask_tokens=tokens[0]),
+            SAMFeatures(leaves["map"], leaves["tokens"]),
+            distillation=form,
+            impl=impl,
         )
         found[impl] = torch.autograd.grad(-1.7 * terms.loss + 0.4 * terms.compression, wanted)
     largest = max(value.abs().max().item() for value in found["reference"])
@@ -652,11 +756,11 @@ def test_the_loss_gives_gradients_to_what_needs_them(parts, n_tokens):
         assert_close_on_scale(a, e, name=f"{tuple(a.shape)}", rtol=1e-5, scale=largest)
 
 
-# Every dtype and every form with either shape.
+# Every dtype with either shape, and every form.
 @pytest.mark.parametrize(
     ("shape", "dtype", "form"),
     [
-        (shape, dtype, DISTILLATIONS[(index + number) % 2])
+        (shape, dtype, DISTILLATIONS[(len(DOT_DTYPES) * index + number) % 4])
         for index, shape in enumerate([(256, 8, 8), (4, 64, 64)])
         for number, dtype in enumerate(DOT_DTYPES)
     ],
@@ -681,6 +785,70 @@ def test_a_step_takes_twelve_launches(shape, dtype, form):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_weights_of_samples_take_no_launch():
+    teacher, student, relation = setting()
+    (upstream,) = on_device(torch.ones(()))
+    pair = Pair(*teacher[:2], *student[:2], None, sample_weights(4))
+    with launches() as names:
+        loss = feature_terms(
+            pair, relation.value(student.mask_tokens), Objective(distillation="jensen_renyi"), impl="triton"
+        ).loss
+        torch.autograd.grad(loss, [*student[:2], *relation.parameters()], upstream)
+    assert len(names) == 12, names
+
+
+@pytest.mark.parametrize("form", ["mutual_information", "jensen_renyi"])
+def test_the_loss_where_tokens_have_several_stretches(form):
+    """What no program wrote of a part must not be read: in deterministic mode it is NaN."""
+    n_tokens = BLOCK_L // 12 + 3
+    teacher, student = (sam_features(4, seed=seed, n_tokens=n_tokens) for seed in (1, 3))
+    teacher, student = (SAMFeatures(*on_device(*features[:2])) for features in (teacher, student))
+    arguments, found = (teacher, in_training(student), relation_module().to(DEVICE)), {}
+    torch.use_deterministic_algorithms(True)
+    try:
+        for impl in ("triton", "reference"):
+            found[impl] = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl=impl)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    largest = max(value.abs().max().item() for value in found["reference"][5:])
+    for index, (a, e) in enumerate(zip(*found.values(), strict=True)):
+        assert_close_on_scale(a, e, name=str(index), rtol=2e-6, scale=largest if index > 4 else 0.0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_the_loss_of_one_pair_is_that_of_the_reference(n_tokens):
+    teacher, student = (sam_features(1, seed=seed, n_tokens=n_tokens) for seed in (1, 3))
+    teacher, student = (SAMFeatures(*on_device(*features[:2])) for features in (teacher, student))
+    arguments = teacher, in_training(student), relation_module().to(DEVICE)
+    actual, expected = (
+        loss_and_gradients(infosam_terms, *arguments, distillation="jensen_renyi", impl=impl, **weighted_one)
+        for impl in ("triton", "reference")
+        for weighted_one in [weighted("jensen_renyi", teacher)]
+    )
+    for name, a, e in zip(("loss", "L_r", "L_d", "map", "tokens"), actual[:5], expected[:5], strict=True):
+        assert_close_on_scale(a, e, name=name, rtol=2e-6, scale=float(name == "L_r"))
+    for gradient in actual[5:]:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_the_module_is_a_constant_in_the_divergence_of_pairs():
+    teacher, student, relation = setting()
+    keywords = {"distillation": "jensen_renyi", "impl": "triton"}
+    parameters = list(relation.parameters())
+    without = infosam_terms(relation, teacher, student, lambda_r=0.0, **keywords)
+    for value in (without.loss, infosam_terms(relation, teacher, student, **keywords).distillation):
+        of_student, of_module = gradients(-1.7 * value, student, relation)
+        assert all(gradient.abs().max() > 0 for gradient in of_student.values())
+        for name, gradient in of_module.items():
+            assert torch.equal(gradient, torch.zeros_like(gradient)), name
+    terms = infosam_terms(relation, teacher, student, **keywords)
+    of_loss = torch.autograd.grad(terms.loss, parameters, retain_graph=True)
+    of_compression = torch.autograd.grad(terms.compression, parameters)
+    for a, e in zip(of_loss, of_compression, strict=True):
+        assert torch.equal(a, e)
+        assert e.abs().max() > 0
+
+
 @pytest.mark.parametrize("layout", ["channel-last", "channel-first"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_is_that_of_the_official_implementation(name, layout):
@@ -703,9 +871,9 @@ def test_the_loss_is_that_of_the_official_implementation(name, layout):
 def test_other_orders_run_where_they_can():
     teacher, student, relation = setting()
     for form in DISTILLATIONS:
-        keywords = {"alpha": 1.5, "distillation": form}
+        keywords = {"alpha": 2.5, "distillation": form}
         with pytest.raises(
-            RuntimeError, match=r"got alpha = 1\.5 \(the kernels know the closed form of 2\); use impl="
+            RuntimeError, match=r"got alpha = 2\.5 \(the kernels know the closed form of 2\); use impl="
         ):
             infosam_terms(relation, teacher, student, impl="triton", **keywords)
         assert infosam_terms(relation, teacher, student, **keywords).loss.isfinite()
@@ -718,6 +886,8 @@ def test_other_orders_run_where_they_can():
     [
         ("mutual_information", "triton", torch.contiguous_format),
         ("cauchy_schwarz", "triton", torch.contiguous_format),
+        ("debiased", "triton", torch.contiguous_format),
+        ("jensen_renyi", "triton", torch.contiguous_format),
         ("cauchy_schwarz", "reference", torch.contiguous_format),
         ("mutual_information", "reference", torch.channels_last),
     ],
@@ -732,12 +902,13 @@ def test_the_loss_under_torch_compile(form, impl, layout, monkeypatch):
     )
     student = in_training(student)
     compiled = torch.compile(
-        lambda relation, teacher, student: infosam_terms(relation, teacher, student, distillation=form, impl=impl),
+        functools.partial(infosam_terms, distillation=form, impl=impl),
         fullgraph=True,
         backend="aot_eager",
     )
-    actual = loss_and_gradients(compiled, teacher, student, relation)
-    expected = loss_and_gradients(infosam_terms, teacher, student, relation, distillation=form, impl=impl)
+    weight = weighted(form, teacher)
+    actual = loss_and_gradients(compiled, teacher, student, relation, **weight)
+    expected = loss_and_gradients(infosam_terms, teacher, student, relation, distillation=form, impl=impl, **weight)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
 
@@ -746,9 +917,10 @@ def test_the_loss_under_torch_compile(form, impl, layout, monkeypatch):
 @pytest.mark.parametrize("form", DISTILLATIONS)
 def test_autocast_changes_no_bit(low, form):
     arguments = setting()
-    expected = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
+    keywords = {"distillation": form, "impl": "triton", **weighted(form, arguments[0])}
+    expected = loss_and_gradients(infosam_terms, *arguments, **keywords)
     with torch.autocast(DEVICE, low):
-        actual = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
+        actual = loss_and_gradients(infosam_terms, *arguments, **keywords)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
@@ -790,11 +962,12 @@ def test_a_map_of_another_size_compiles_nothing_again():
 def test_repeated_steps_are_bitwise_equal_and_nothing_is_left_unwritten(form):
     """In deterministic mode PyTorch fills what ``empty`` returns with NaN."""
     arguments = setting()
-    expected = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
+    keywords = {"distillation": form, "impl": "triton", **weighted(form, arguments[0])}
+    expected = loss_and_gradients(infosam_terms, *arguments, **keywords)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
-        actual = loss_and_gradients(infosam_terms, *arguments, distillation=form, impl="triton")
+        actual = loss_and_gradients(infosam_terms, *arguments, **keywords)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, e in zip(actual, expected, strict=True):
@@ -839,37 +1012,46 @@ def operator_arguments() -> dict[str, tuple]:
     (offsets,) = on_device(randn(2, 2, seed=5))
     rows = x.flatten(1)
     image_gram, token_gram, *maps = relations(3, 20)
-    mix = torch.ones(3, 3, 3, dtype=torch.float64, device=DEVICE)
+    mix, weight = torch.ones(3, 3, 3, dtype=torch.float64, device=DEVICE), sample_weights(3)
     leaves = [value.detach().requires_grad_() for value in (x, directions, offsets, rows, *maps)]
     x, directions, offsets, rows, *maps = leaves
     tokens, *weights = (value.detach() for value in on_device(*directions_inputs(2, 1, 8, torch.float32)))
     student = [value.clone().requires_grad_() for value in (x.detach(), tokens)]
     weights = [value.requires_grad_() for value in weights]
     features = x.detach(), tokens + 1, *student
-    settings = (1e-5, 1e-5, 1.0, 0.5, "mutual_information", False)
+    settings = (1e-5, 1e-5, 1.0, 0.5, "mutual_information", False, None)
+    of_pairs = (*settings[:4], "jensen_renyi", False, weight[:2])
     saved = [value.detach() for value in torch.ops.renyi_kd.feature_terms(*features, weights, *settings)[5:]]
     one = torch.ones((), device=DEVICE)
     return {
         "feature_terms": (*features, weights, *settings),
-        "feature_terms_backward": (
-            *(features[0], *student),
-            weights,
-            saved,
-            one,
-            None,
-            None,
-            1e-5,
-            1.0,
-            0.5,
-            True,
-            True,
-        ),
+        "feature_terms, jensen_renyi": (*features, weights, *of_pairs),
+        **{
+            f"feature_terms_backward, {name}": (
+                *(features[0], *student),
+                weights,
+                saved,
+                one,
+                None,
+                None,
+                1e-5,
+                1.0,
+                0.5,
+                name == "pairs",
+                True,
+                True,
+            )
+            for name in ("Grams", "pairs")
+        },
         "relation_scores": (x, directions, offsets, 1e-5),
         "relation_scores_backward": (x, directions, torch.ones(2, 2, 15, device=DEVICE), 1e-5, True, True),
         "batch_gram": (rows,),
         "batch_gram_backward": (rows, torch.ones(2, 2, dtype=torch.float64, device=DEVICE)),
-        "gram_terms": (image_gram, token_gram, *maps, 1.0, 0.5, "mutual_information", False),
-        "gram_terms, cauchy_schwarz": (image_gram, token_gram, *maps, 1.0, 0.5, "cauchy_schwarz", False),
+        **{
+            f"gram_terms, {form}": (image_gram, token_gram, *maps, 1.0, 0.5, form, False, None)
+            for form in DISTILLATIONS
+        },
+        "gram_terms, weighted": (image_gram, token_gram, *maps, 1.0, 0.5, "jensen_renyi", False, weight),
         "gram_moment": ([rows, rows.detach().clone().requires_grad_()], [0, 2], [0.0, 1.5], [1, 1]),
         "gram_moment_backward": (
             [rows, rows],
@@ -879,23 +1061,27 @@ def operator_arguments() -> dict[str, tuple]:
             [1, 1],
             1,
         ),
-        "gram_terms_backward": (*maps, mix, torch.ones((), device=DEVICE), None, None, 1.0, 0.5),
+        "gram_terms_backward, Grams": (*maps, mix, one, None, None, 1.0, 0.5, False),
+        "gram_terms_backward, pairs": (*maps, mix, one, None, None, 1.0, 0.5, True),
     }
 
 
 # Named, as making the arguments runs kernels, which must not fail before the first test.
 OPERATORS = (
     "feature_terms",
-    "feature_terms_backward",
+    "feature_terms, jensen_renyi",
+    "feature_terms_backward, Grams",
+    "feature_terms_backward, pairs",
     "relation_scores",
     "relation_scores_backward",
     "batch_gram",
     "batch_gram_backward",
-    "gram_terms",
-    "gram_terms, cauchy_schwarz",
+    *(f"gram_terms, {form}" for form in DISTILLATIONS),
+    "gram_terms, weighted",
     "gram_moment",
     "gram_moment_backward",
-    "gram_terms_backward",
+    "gram_terms_backward, Grams",
+    "gram_terms_backward, pairs",
 )
 
 
@@ -903,16 +1089,17 @@ def test_every_operator_is_named():
     assert set(operator_arguments()) == set(OPERATORS)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith("backward")])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" not in name])
 def test_operators_are_well_registered(name):
     torch.library.opcheck(getattr(torch.ops.renyi_kd, name.partition(",")[0]), operator_arguments()[name])
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("backward")])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])
 def test_operators_of_the_backward_are_well_registered(name):
     # Their only derivative is a refusal, which the whole opcheck would run into.
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.renyi_kd, name), operator_arguments()[name], test_utils=utils)
+    operator = getattr(torch.ops.renyi_kd, name.partition(",")[0])
+    torch.library.opcheck(operator, operator_arguments()[name], test_utils=utils)
 
 
 @pytest.mark.parametrize(

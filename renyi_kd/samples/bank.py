@@ -62,25 +62,33 @@ def _concatenate(own: Samples, past: Samples) -> Samples:
     def both(name: str) -> Tensor:
         return torch.cat([getattr(own, name), getattr(past, name)])
 
+    weight = own.weight
+    if own.in_pairs:
+        # What earlier samples say of a loss that compares none with another, they have said: the mean is the step's.
+        n_own, n_past = len(own.mask_tokens), len(past.mask_tokens)
+        weight = own.teacher_scores.new_ones(n_own) if weight is None else weight
+        weight = torch.cat([weight * ((n_own + n_past) / n_own), weight.new_zeros(n_past)])
     return Samples(
         both("image_features"),
         images_of_parts([own.images, past.images], [len(own.image_features), len(past.image_features)]),
         both("mask_tokens"),
         both("teacher_scores"),
         both("student_scores"),
+        weight,
+        own.in_pairs,
     )
 
 
 def _kept(samples: Samples, n: int) -> Samples:
     """Return copies of the first samples and of the images they need, finite and without gradient."""
-    image_features, images, *others = samples
+    image_features, images = samples.image_features, samples.images
     if images is None:
         image_features = image_features[:n]
     else:
         needed = sorted(set(images[:n]))
         image_features = image_features[needed]
         images = [needed.index(image) for image in images[:n]]
-    first = [image_features, *(value[:n] for value in others)]
+    first = image_features, samples.mask_tokens[:n], samples.teacher_scores[:n], samples.student_scores[:n]
     # Copies, as the buffers of a teacher may be written again.
-    maps, *rest = (torch.nan_to_num(value.detach(), 0.0, 0.0, 0.0) for value in first)
-    return Samples(maps, images, *rest)
+    maps, tokens, teacher, student = (torch.nan_to_num(value.detach(), 0.0, 0.0, 0.0) for value in first)
+    return Samples(maps, images, tokens, teacher, student)

@@ -45,11 +45,15 @@ def gather_samples(function: str, own: Samples) -> Samples:
     scores: Tensor = _DifferentiableGather.apply(  # type: ignore[no-untyped-call]
         torch.stack([own.teacher_scores, own.student_scores], 1), n_samples
     )
+    teacher_scores, student_scores = scores.unbind(1)
     return Samples(
         _gather(own.image_features, n_images),
         images_of_parts([header.images for header in headers], n_images),
         _gather(own.mask_tokens, n_samples),
-        *scores.unbind(1),
+        teacher_scores,
+        student_scores,
+        None if own.weight is None else _gather(own.weight, n_samples),
+        own.in_pairs,
     )
 
 
@@ -79,11 +83,12 @@ def _header(own: Samples) -> _Header:
     maps, tokens = own.image_features, own.mask_tokens
     dtypes = ", ".join(str(value.dtype) for value in (maps, tokens, own.teacher_scores))
     gradient = "with" if torch.is_grad_enabled() else "without"
+    form = "together" if not own.in_pairs else "one by one" if own.weight is None else "one by one with weights"
     return _Header(
         len(maps),
         len(tokens),
         own.images,
-        kind=f"maps {list(maps.shape[1:])}, {tokens.shape[1]} tokens, {dtypes}, {gradient} gradient",
+        kind=f"maps {list(maps.shape[1:])}, {tokens.shape[1]} tokens, {dtypes}, compared {form}, {gradient} gradient",
     )
 
 
@@ -102,7 +107,8 @@ def _gather_headers(function: str, own: _Header, device: torch.device) -> list[_
             raise ValueError(
                 f"{function}: features must be of one kind in all processes under global_batch, got "
                 f"{headers[0].kind} in process 0 and {header.kind} in process {rank}; use one image size, one "
-                "token=, one autocast, and gradients in all or in none"
+                "token=, one autocast, one form of the distillation term, and gradients and sample_weight in all or "
+                "in none"
             )
     return headers
 

@@ -18,6 +18,8 @@ class Samples(NamedTuple):
         mask_tokens: ``[s, n, d]``: the teacher's, without gradient.
         teacher_scores: ``[s, n, h * w]``: its relation maps, in any scale.
         student_scores: likewise of the student.
+        weight: ``[s]``: of each in a mean over samples, in the dtype of the scores; None for ones.
+        in_pairs: whether L_d compares the two maps of each sample, and no sample with another.
 
     """
 
@@ -26,6 +28,8 @@ class Samples(NamedTuple):
     mask_tokens: Tensor
     teacher_scores: Tensor
     student_scores: Tensor
+    weight: Tensor | None = None
+    in_pairs: bool = False
 
 
 # From the samples of a batch to all that its loss goes over.

@@ -30,10 +30,13 @@ class Scope(NamedTuple):
         return self.global_batch and n_processes() > 1
 
     def images(
-        self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, check_finite: bool
+        self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
     ) -> list[int] | None:
-        """Return what :func:`images_of_pair` does of enough samples; other processes hear of it where it raises."""
-        least = 1 if self.spans_processes or self.bank is not None else 2
+        """Return what :func:`images_of_pair` does of enough samples; other processes hear of it where it raises.
+
+        ``least`` is how many samples the loss needs, wherever they come from.
+        """
+        least = 1 if self.spans_processes or self.bank is not None else least
         if not self.spans_processes:
             return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
         try:

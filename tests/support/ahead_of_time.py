@@ -121,8 +121,10 @@ def record() -> dict[str, tuple]:
                 batch_gram.batch_gram(rows).sum().backward()
             call_moments(dtype)
             for samples, layout in product((4, 32, 64), (torch.contiguous_format, torch.channels_last)):
-                call_loss(samples, dtype, layout)
-        for samples in (2, 4, 16, 32, 64, 256):
+                call_loss(samples, dtype, layout, Objective())
+            # Of pairs one will do.
+            call_loss(1, dtype, torch.contiguous_format, Objective(distillation="jensen_renyi"), torch.empty(1))
+        for samples in (1, 2, 4, 16, 32, 64, 256):
             call_terms(samples)
     return launches
 
@@ -146,12 +148,18 @@ def weights_of(channels: int, dtype: torch.dtype = torch.float32) -> RelationWei
     return RelationWeights(*(torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes))
 
 
-def call_loss(samples: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def call_loss(
+    samples: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    objective: Objective,
+    sample_weight: Tensor | None = None,
+) -> None:
     teacher_map = torch.empty(samples, 256, 64, 64, dtype=dtype).contiguous(memory_format=layout)
     teacher_tokens = torch.empty(samples, 1, 256, dtype=dtype)
     student_map, student_tokens = (value.detach().requires_grad_() for value in (teacher_map, teacher_tokens))
-    pair = Pair(teacher_map, teacher_tokens, student_map, student_tokens)
-    feature_terms.feature_terms(pair, Relation(weights_of(256), 1e-5, 1e-5), Objective()).loss.backward()
+    pair = Pair(teacher_map, teacher_tokens, student_map, student_tokens, None, sample_weight)
+    feature_terms.feature_terms(pair, Relation(weights_of(256), 1e-5, 1e-5), objective).loss.backward()
 
 
 def call_terms(samples: int) -> None:
@@ -159,7 +167,8 @@ def call_terms(samples: int) -> None:
     teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
     for form, detach in product(get_args(Distillation), (False, True)):
         objective = Objective(distillation=form, detach_teacher_relation=detach)
-        gram_terms.gram_terms(gram, gram, teacher, student, objective).loss.backward()
+        for weight in (None, torch.empty(samples)) if objective.compares_pairs else (None,):
+            gram_terms.gram_terms(gram, gram, teacher, student, objective, weight).loss.backward()
 
 
 def call_moments(dtype: torch.dtype) -> None:

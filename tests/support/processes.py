@@ -298,7 +298,76 @@ def global_batch_of_two_dtypes(rank: int) -> Any:
     return infosam_terms(relation_module(), parts[0], in_training(parts[1]), global_batch=True)
 
 
+# Of the samples of each process.
+SAMPLE_WEIGHTS = [[0.25], [1.0, 0.0, 0.6]]
+
+
+def weight_of(rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(SAMPLE_WEIGHTS[rank], dtype=dtype)
+
+
+def step_of_pairs(rank: int, weight: Tensor | None, *, global_batch: bool = True, **settings: Any) -> Any:
+    """Return the loss of a step with the Jensen-Rényi divergence, and the gradients of student and module."""
+    relation, student = relation_module(dtype=torch.float64), in_training(part(rank, seed=10, **settings))
+    objective: dict[str, Any] = {"distillation": "jensen_renyi", "lambda_r": 0.3 if global_batch else 0.0}
+    teacher = part(rank, seed=0, **settings)
+    terms = infosam_terms(relation, teacher, student, sample_weight=weight, global_batch=global_batch, **objective)
+    return [terms.loss.detach(), *gradients(terms.loss, student, relation)]
+
+
+def pairs_over_the_global_batch(rank: int) -> Any:
+    return step_of_pairs(rank, None)
+
+
+def weighted_pairs_over_the_global_batch(rank: int) -> Any:
+    return step_of_pairs(rank, weight_of(rank))
+
+
+def pairs_weighted_in_several_dtypes_over_the_global_batch(rank: int) -> Any:
+    # Of which both are whole numbers of quarters.
+    weight = torch.tensor([[0.25], [1.0, 0.0, 0.5]][rank], dtype=(torch.float16, torch.float64)[rank])
+    return step_of_pairs(rank, weight)
+
+
+def pairs_of_equal_shards(rank: int) -> Any:
+    return step_of_pairs(rank, None, global_batch=False, image_index=[0, 1])
+
+
+def weighted_pairs_of_equal_shards(rank: int) -> Any:
+    weight = torch.tensor([[0.25, 1.0], [0.0, 0.6]][rank], dtype=torch.float64)
+    return step_of_pairs(rank, weight, global_batch=False, image_index=[0, 1])
+
+
+def pairs_with_weights_in_one_process(rank: int) -> Any:
+    return step_of_pairs(rank, weight_of(rank) if rank == 0 else None)
+
+
+def pairs_beside_another_form(rank: int) -> Any:
+    form = ("jensen_renyi", "debiased")[rank]
+    parts = part(rank, seed=0), in_training(part(rank, seed=10))
+    return infosam_terms(relation_module(), *parts, distillation=form, global_batch=True)
+
+
+def bank_of_pairs_over_the_global_batch(rank: int) -> Any:
+    infosam_loss = InfoSAMLoss(12, global_batch=True, bank_size=3, distillation="jensen_renyi").double()
+    infosam_loss.relation = relation_module(dtype=torch.float64)
+    return [
+        infosam_loss.terms(
+            part(rank, seed=seed), in_training(part(rank, seed=seed + 10)), sample_weight=weight
+        ).distillation.detach()
+        for seed, weight in ((0, weight_of(rank)), (20, None), (40, weight_of(rank)))
+    ]
+
+
 CHECKS = (
+    pairs_over_the_global_batch,
+    weighted_pairs_over_the_global_batch,
+    pairs_weighted_in_several_dtypes_over_the_global_batch,
+    pairs_of_equal_shards,
+    weighted_pairs_of_equal_shards,
+    pairs_with_weights_in_one_process,
+    pairs_beside_another_form,
+    bank_of_pairs_over_the_global_batch,
     ddp_over_the_global_batch,
     ddp_accumulating_over_the_global_batch,
     fsdp2_over_the_global_batch,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from renyi_kd.objective import Objective
@@ -10,7 +12,7 @@ from renyi_kd.ops.dispatch import Impl
 from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_terms import gram_terms
 from renyi_kd.ops.gram_terms.types import RelationTerms
-from renyi_kd.ops.relation_directions import Relation, relation_directions
+from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.samples.samples import Join, Samples
 
@@ -35,19 +37,30 @@ def feature_terms(
     Source: Zhang et al., InfoSAM, ICML 2025.
 
     """
-    teacher_map, teacher_tokens, student_map, student_tokens, images = pair.constant_teacher()
+    teacher_map, teacher_tokens, student_map, student_tokens, images, weight = pair.constant_teacher()
     dtype = torch.float32
     for value in pair[:4]:
         dtype = torch.promote_types(dtype, value.dtype)
-    tokens = torch.cat([teacher_tokens.to(dtype), student_tokens.to(dtype)])
-    # Teacher and student have as many samples; chunks have one gradient, slices one each.
-    both = relation_directions(tokens, relation.weights, eps=relation.token_eps, impl=impl)
-    directions, offsets = (value.chunk(2) for value in both)
+    both_tokens = teacher_tokens.to(dtype), student_tokens.to(dtype)
+    directions = partial(relation_directions, eps=relation.token_eps, impl=impl)
+    if objective.compares_pairs:
+        # The module could make two maps alike by forgetting the features: L_d takes it as a constant.
+        constant = RelationWeights(*(value.detach() for value in relation.weights))
+        lines = directions(both_tokens[0], relation.weights), directions(both_tokens[1], constant)
+    else:
+        # Teacher and student have as many samples; chunks have one gradient, slices one each.
+        w, c = (value.chunk(2) for value in directions(torch.cat(both_tokens), relation.weights))
+        lines = (w[0], c[0]), (w[1], c[1])
     teacher_scores, student_scores = (
         relation_scores(image_features, w, images, offsets=c, eps=relation.feature_eps, impl=impl)
-        for image_features, w, c in zip((teacher_map, student_map), directions, offsets, strict=True)
+        for image_features, (w, c) in zip((teacher_map, student_map), lines, strict=True)
     )
-    samples = Samples(teacher_map, images, teacher_tokens, teacher_scores, student_scores)
+    if weight is not None:
+        # Processes can only exchange what they have in one dtype.
+        weight = weight.to(teacher_scores.dtype)
+    samples = Samples(
+        teacher_map, images, teacher_tokens, teacher_scores, student_scores, weight, objective.compares_pairs
+    )
     if join is not None:
         # Autocast refuses to concatenate the half precision that is not its own.
         with torch.autocast(teacher_map.device.type, enabled=False):
@@ -62,6 +75,7 @@ def feature_terms(
         samples.teacher_scores,
         samples.student_scores,
         objective,
+        weight=samples.weight,
         impl=impl,
     )
     return terms._replace(

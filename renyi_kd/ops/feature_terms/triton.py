@@ -9,6 +9,9 @@ the gradient is linear in that of the scores, which mixes the score maps of all 
 score map, of every pair of samples, would do. They are b^2 d numbers a program, which outgrow its tile from a few
 samples on; and a batch of so few takes the time of its launches, not that of its reads.
 
+In the form that compares pairs of maps the relation module is a constant in L_d. L_r has no gradient for the student's
+maps, and L_d none for the teacher's, so the sums of the weights' gradients stop at the teacher's rows.
+
 Partial Grams of more than a few samples are summed by a launch of their own. With more than one token a sample, or more
 than 64, scores and Gram are two reads, and a map that is not dense is copied for the Gram. Extra memory: the scores of
 both maps and their gradients, 4 n / d of a map in fp32 for n tokens a sample; partial Grams; some 2,000 n rows of d + 1
@@ -48,6 +51,7 @@ def _forward(
     lambda_d: float,
     distillation: str,
     detach_teacher_relation: bool,
+    sample_weight: Tensor | None,
 ) -> list[Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and for the backward scores, their mix, and directions with parts."""
     n_samples, n_tokens, n_channels = teacher_tokens.shape
@@ -67,7 +71,7 @@ def _forward(
     # A schema's string is one of the forms by the time it gets here.
     objective = Objective(lambda_r, lambda_d, 2.0, distillation, detach_teacher_relation)  # type: ignore[arg-type]
     *terms, mix = gram_terms.launch_forward(
-        image_parts, None, tokens[:n_samples].flatten(1), teacher_scores, student_scores, objective
+        image_parts, None, tokens[:n_samples].flatten(1), teacher_scores, student_scores, objective, sample_weight
     )
     return [*terms, teacher_scores, student_scores, mix, directions, *kept]
 
@@ -77,7 +81,7 @@ def _(teacher_map: Tensor, teacher_tokens: Tensor, *_rest: object) -> list[Tenso
     n_samples, n_tokens, n_channels = teacher_tokens.shape
     _, _, height, width = teacher_map.shape
     scores = teacher_map.new_empty(n_samples, n_tokens * height * width, dtype=torch.float32)
-    *terms, mix = gram_terms.empty_outputs(scores.new_empty(n_samples, n_samples, dtype=torch.float64), scores)
+    *terms, mix = gram_terms.empty_outputs(scores)
     directions, _, *kept = relation_directions.empty_outputs(scores.new_empty(2 * n_samples * n_tokens, n_channels))
     return [*terms, scores, torch.empty_like(scores), mix, directions, *kept]
 
@@ -95,16 +99,18 @@ def _backward(
     feature_eps: float,
     lambda_r: float,
     lambda_d: float,
+    compares_pairs: bool,
     needs_map: bool,
     needs_module: bool,
 ) -> list[Tensor]:
     """Return the gradients of the student's map (empty if not needed), of its tokens and of the weights (or none)."""
     teacher_scores, student_scores, mix, directions, *kept = saved
     n_rows, n_tokens = student_tokens.shape[:2].numel(), student_tokens.shape[1]
+    upstream = grad_loss, grad_compression, grad_distillation
     grad_teacher, grad_student = (
         grad.unflatten(1, (n_tokens, -1))
         for grad in gram_terms.launch_backward(
-            teacher_scores, student_scores, mix, grad_loss, grad_compression, grad_distillation, lambda_r, lambda_d
+            teacher_scores, student_scores, mix, *upstream, lambda_r, lambda_d, compares_pairs
         )
     )
     teacher_directions, student_directions = directions.view(2, *student_tokens.shape)
@@ -119,7 +125,14 @@ def _backward(
         return gradients
     total = sums.sum(1)
     grad_tokens = student_tokens.new_empty(2 * n_rows, student_tokens.shape[2])
-    grad_weights = relation_directions.launch_backward(weights, kept, total[:, :-1], total[:, -1], grad_tokens)
+    grad_weights = relation_directions.launch_backward(
+        weights,
+        kept,
+        total[:, :-1],
+        total[:, -1],
+        grad_tokens,
+        n_weight_rows=n_rows if compares_pairs else None,
+    )
     return [*gradients, grad_tokens, *grad_weights]
 
 
@@ -135,7 +148,9 @@ def _(_: Tensor, student_map: Tensor, student_tokens: Tensor, weights: Sequence[
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    teacher_map, _, student_map, student_tokens, weights, _, ctx.feature_eps, ctx.lambda_r, ctx.lambda_d, *_ = inputs
+    teacher_map, _, student_map, student_tokens, weights, _, ctx.feature_eps, *settings = inputs
+    ctx.lambda_r, ctx.lambda_d, distillation, *_ = settings
+    ctx.compares_pairs = Objective(distillation=distillation).compares_pairs
     ctx.save_for_backward(teacher_map, student_map, student_tokens, *weights, *output[5:])
     ctx.mark_non_differentiable(*output[3:])
     # A term that nobody differentiates costs no launch for its zero.
@@ -156,13 +171,14 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         ctx.feature_eps,
         ctx.lambda_r,
         ctx.lambda_d,
+        ctx.compares_pairs,
         needs_map,
         needs_tokens or any(needs_weights),
     )
     grad_tokens, *grad_weights = rest or [None] * (1 + n_weights)
     if grad_tokens is not None:
         grad_tokens = grad_tokens.view(2, *student_tokens.shape)[1]
-    return None, None, grad_map if needs_map else None, grad_tokens, grad_weights, *[None] * 6
+    return None, None, grad_map if needs_map else None, grad_tokens, grad_weights, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -180,5 +196,6 @@ def feature_terms(pair: Pair, relation: Relation, objective: Objective) -> Relat
         objective.lambda_d,
         objective.distillation,
         objective.detach_teacher_relation,
+        pair.sample_weight,
     )
     return RelationTerms(*terms[:5])

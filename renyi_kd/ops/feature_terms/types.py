@@ -17,6 +17,7 @@ class Pair(NamedTuple):
         student_map: as the teacher's, with a gradient.
         student_tokens: likewise.
         images: the image of each sample; None when sample i belongs to image i.
+        sample_weight: ``[s]``: of each in a mean over samples, on the device of the features; None for ones.
 
     """
 
@@ -25,7 +26,13 @@ class Pair(NamedTuple):
     student_map: Tensor
     student_tokens: Tensor
     images: Sequence[int] | None = None
+    sample_weight: Tensor | None = None
 
     def constant_teacher(self) -> Pair:
-        """Return the pair without the teacher's graph."""
-        return self._replace(teacher_map=self.teacher_map.detach(), teacher_tokens=self.teacher_tokens.detach())
+        """Return the pair without the graphs of the teacher and of the weights, which may be a teacher's estimate."""
+        weight = self.sample_weight
+        return self._replace(
+            teacher_map=self.teacher_map.detach(),
+            teacher_tokens=self.teacher_tokens.detach(),
+            sample_weight=None if weight is None else weight.detach(),
+        )

@@ -20,6 +20,7 @@ def gram_terms(
     student_scores: Tensor,
     objective: Objective,
     *,
+    weight: Tensor | None = None,
     impl: Impl = "auto",
 ) -> RelationTerms:
     """Return what :func:`reference.gram_terms` defines, by the implementation that ``impl`` names."""
@@ -31,5 +32,5 @@ def gram_terms(
     if resolve(impl, teacher_scores, student_scores, limits=limits) == "triton":
         from renyi_kd.ops.gram_terms import triton
 
-        return triton.gram_terms(image_gram, token_gram, teacher_scores, student_scores, objective)
-    return reference.gram_terms(image_gram, token_gram, teacher_scores, student_scores, objective)
+        return triton.gram_terms(image_gram, token_gram, teacher_scores, student_scores, objective, weight)
+    return reference.gram_terms(image_gram, token_gram, teacher_scores, student_scores, objective, weight)

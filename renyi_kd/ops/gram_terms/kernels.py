@@ -12,13 +12,25 @@ or, as the Cauchy-Schwarz divergence, with q_c = sum t s and m = max(q_c, 2^-20 
     L_d = log2(q_t q_s / m^2) + 2 (1 - q_c / m) / ln 2
     dL_d/dt = 2 (t / q_t - s / m) / ln 2                dL_d/ds = 2 (s / q_s - t / m) / ln 2
 
+or, debiased, with q_tt = sum t^4, q_ss = sum s^4, q_b as above, u = (q_b / q_tt)^1/2 and v = (q_b / q_ss)^1/2:
+
+    L_d = log2(q_tt q_ss / q_b^2) / 2
+    dL_d/dt = 2 t (u t - s) (u t + s) / (q_b ln 2)      dL_d/ds = 2 s (v s - t) (v s + t) / (q_b ln 2)
+
 and with K the Gram before normalisation, t_ij = K_ij r_i r_j, r_i = K_ii^-1/2, H the gradient above off the diagonal:
 
     dK_ij = H_ij r_i r_j          dK_ii = -r_i^2 sum_j H_ij t_ij          dx_i = 2 sum_j dK_ij x_j
 
-The forward makes partial Grams of stretches of both maps; one program sums them (where they are many, a launch of its
-own does) and makes terms and the matrices 2 dK; the backward mixes the maps by them. A sample with K_ii = 0 has
-r_i = 0. Extra memory: at most 8 MiB of partial Grams, and nine s x s matrices.
+The Jensen-Rényi divergence of pairs needs no Gram, but x_i = <t_i, s_i>, t_i and s_i the maps of sample i of n, p_i and
+r_i one over their norms, c_i = x_i p_i r_i, weights w_i, and the teacher's maps as constants:
+
+    L_d = sum_i w_i (1 - log2(1 + c_i^2)) / n           g_i = -2 w_i / (n (1 + c_i^2) ln 2)
+    ds_i = a_i t_i + b_i s_i                            a_i = g_i c_i p_i r_i        b_i = -g_i c_i^2 r_i^2
+
+The forward makes partial Grams of stretches of both maps, and for pairs partial x beside the student's; one program
+sums them (where they are many, a launch of its own does) and makes terms and the matrices 2 dK; the backward mixes the
+maps by them. For pairs a and b are the diagonals of two matrices in place of both 2 dK of L_d. A sample with K_ii = 0
+has r_i = 0. Extra memory: at most 8 MiB of partial Grams, and nine s x s matrices.
 
 Maps in fp16, bf16 or fp32; contiguous; few samples; alpha = 2. First derivatives only.
 """
@@ -67,34 +79,66 @@ def _store_products(
 
 
 @triton.jit
-def _relation_grams_kernel(
-    teacher_ptr, student_ptr, tokens_ptr, partial_ptr, n_samples, n_scores, n_token_columns, n_steps,
+def _load_maps(maps_ptr, samples, places, inside, n_scores):
+    """Return a tile of maps in fp64, by way of fp32, which every dtype reaches."""
+    maps = tl.load(maps_ptr + samples[:, None] * n_scores + places[None, :], mask=inside, other=0.0)
+    return maps.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def _store_pair_products(
+    teacher_ptr, student_ptr, products_ptr, n_samples, n_scores, first_column, n_steps,
     BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Write partial Grams of a stretch of the teacher's maps, the student's or, where they are given, the tokens."""
+    """Store the products of each sample's two maps over n_steps stretches."""
+    samples = tl.arange(0, BLOCK_S).to(tl.int64)
+    in_s = samples < n_samples
+    products = tl.zeros((BLOCK_S,), tl.float64)
+    for step in range(n_steps):
+        places = first_column + step * BLOCK_L + tl.arange(0, BLOCK_L)
+        inside = in_s[:, None] & (places < n_scores)[None, :]
+        teacher = _load_maps(teacher_ptr, samples, places, inside, n_scores)
+        products += tl.sum(teacher * _load_maps(student_ptr, samples, places, inside, n_scores), 1)
+    tl.store(products_ptr + samples, products, mask=in_s)
+
+
+@triton.jit
+def _relation_grams_kernel(
+    teacher_ptr, student_ptr, tokens_ptr, partial_ptr, n_samples, n_scores, n_token_columns, n_steps, part_stride,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Write partial Grams of a stretch of the teacher's maps, the student's or, where they are given, the tokens.
+
+    For pairs the products of both models' maps are one more row of the student's.
+    """
     first_column = tl.program_id(0).to(tl.int64) * n_steps * BLOCK_L
     matrix = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    gram_ptr = partial_ptr + matrix * n_samples * n_samples
+    gram_ptr = partial_ptr + matrix * part_stride
     if tl.program_id(1) == 0:
         _store_products(teacher_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
     elif tl.program_id(1) == 1:
         _store_products(student_ptr, gram_ptr, n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L)
+        if PAIRS:
+            _store_pair_products(
+                teacher_ptr, student_ptr, gram_ptr + n_samples * n_samples,
+                n_samples, n_scores, first_column, n_steps, BLOCK_S, BLOCK_L,
+            )  # fmt: skip
     elif tokens_ptr is not None:
         _store_products(tokens_ptr, gram_ptr, n_samples, n_token_columns, first_column, n_steps, BLOCK_S, BLOCK_L)
 
 
 @triton.jit
 def _sum_parts(
-    parts_ptr, gram_ptr, n_parts, n_entries, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    parts_ptr, gram_ptr, n_parts, part_stride, n_entries, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of partial Grams."""
+    """Write the sum of the first entries of partial Grams."""
     for first in range(0, n_entries, BLOCK_E):
         entries = first + tl.arange(0, BLOCK_E)
         total = tl.zeros((BLOCK_E,), tl.float64)
         for start in range(0, n_parts, BLOCK_K):
             parts = start + tl.arange(0, BLOCK_K)
             values = tl.load(
-                parts_ptr + parts.to(tl.int64)[:, None] * n_entries + entries[None, :],
+                parts_ptr + parts.to(tl.int64)[:, None] * part_stride + entries[None, :],
                 mask=(parts < n_parts)[:, None] & (entries < n_entries)[None, :], other=0.0,
             )  # fmt: skip
             total += tl.sum(values.to(tl.float64), 0)
@@ -102,12 +146,20 @@ def _sum_parts(
 
 
 @triton.jit
-def _unit(gram_ptr, rows, columns, inside, n_samples):
+def _store_scales(grams_ptr, scales_ptr, samples, n_samples):
+    """Store one over the norms of the samples in each of the four Grams; 0 for a zero sample."""
+    inside = samples < n_samples
+    for gram in range(4):
+        squares = tl.load(grams_ptr + (gram * n_samples + samples) * n_samples + samples, mask=inside, other=0.0)
+        scale = tl.where(squares == 0, 0.0, 1.0 / tl.sqrt(tl.where(squares == 0, 1.0, squares)))
+        tl.store(scales_ptr + gram * n_samples + samples, scale, mask=inside)
+
+
+@triton.jit
+def _unit(gram_ptr, scale_ptr, rows, columns, inside, n_samples):
     """Return a block of a Gram with unit diagonal, and the scale of its rows and columns; 0 for a zero sample."""
-    row_norms = tl.load(gram_ptr + rows * (n_samples + 1), mask=rows < n_samples, other=0.0)
-    column_norms = tl.load(gram_ptr + columns * (n_samples + 1), mask=columns < n_samples, other=0.0)
-    row_scale = tl.where(row_norms == 0, 0.0, 1.0 / tl.sqrt(tl.where(row_norms == 0, 1.0, row_norms)))
-    column_scale = tl.where(column_norms == 0, 0.0, 1.0 / tl.sqrt(tl.where(column_norms == 0, 1.0, column_norms)))
+    row_scale = tl.load(scale_ptr + rows, mask=rows < n_samples, other=0.0)
+    column_scale = tl.load(scale_ptr + columns, mask=columns < n_samples, other=0.0)
     gram = tl.load(gram_ptr + rows[:, None] * n_samples + columns[None, :], mask=inside, other=0.0)
     unit = gram * row_scale[:, None] * column_scale[None, :]
     diagonal = (rows[:, None] == columns[None, :]) & inside
@@ -124,56 +176,114 @@ def _through_unit_diagonal(grad, unit, row_scale, column_scale, diagonal):
 
 
 @triton.jit
+def _pair_terms(products_ptr, teacher_scale_ptr, student_scale_ptr, weight_ptr, samples, n_samples):
+    """Return L_d of pairs, and how much of the teacher's map and of its own the gradient of a student's map has."""
+    inside = samples < n_samples
+    teacher_scale = tl.load(teacher_scale_ptr + samples, mask=inside, other=0.0)
+    student_scale = tl.load(student_scale_ptr + samples, mask=inside, other=0.0)
+    cosine = tl.load(products_ptr + samples, mask=inside, other=0.0) * teacher_scale * student_scale
+    square = cosine * cosine
+    share = tl.where(inside, 1.0 / tl.cast(n_samples, tl.float64), 0.0)
+    if weight_ptr is not None:
+        share *= tl.load(weight_ptr + samples, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    slope = -2.0 / _LN_2 * share / (1.0 + square)
+    of_teacher = slope * cosine * teacher_scale * student_scale
+    of_student = -slope * square * student_scale * student_scale
+    return tl.sum(share * (1.0 - tl.log2(1.0 + square)), 0), of_teacher, of_student
+
+
+@triton.jit
+def _store_diagonal(matrix_ptr, values, samples, n_samples):
+    """Store a matrix that is zero off its diagonal."""
+    for row in range(n_samples):
+        entries = tl.where(samples == row, values, 0.0)
+        tl.store(matrix_ptr + row * n_samples + samples, entries, mask=samples < n_samples)
+
+
+@triton.jit
 def _gram_terms_fwd_kernel(
-    image_parts_ptr, token_parts_ptr, teacher_parts_ptr, student_parts_ptr, grams_ptr,
+    image_parts_ptr, token_parts_ptr, teacher_parts_ptr, student_parts_ptr, weight_ptr, grams_ptr,
     loss_ptr, compression_ptr, distillation_ptr, teacher_unit_ptr, student_unit_ptr, mix_ptr,
     n_samples, n_image_parts, n_token_parts, n_relation_parts, lambda_r, lambda_d,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    DETACH: tl.constexpr, CAUCHY_SCHWARZ: tl.constexpr,
+    FORM: tl.constexpr, DETACH: tl.constexpr,
 ):  # fmt: skip
-    """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows."""
+    """Write loss, L_r, L_d, both unit Grams, and twice dL_r/dK_T, dL_d/dK_T and dL_d/dK_S, by blocks of rows.
+
+    For pairs the last two are diagonal: what a student's gradient has of the teacher's map and of its own.
+    """
     size = n_samples * n_samples
     image_ptr, token_ptr = grams_ptr, grams_ptr + size
     teacher_ptr, student_ptr = grams_ptr + 2 * size, grams_ptr + 3 * size
-    _sum_parts(image_parts_ptr, image_ptr, n_image_parts, size, BLOCK_K, BLOCK_E)
-    _sum_parts(token_parts_ptr, token_ptr, n_token_parts, size, BLOCK_K, BLOCK_E)
-    _sum_parts(teacher_parts_ptr, teacher_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
-    _sum_parts(student_parts_ptr, student_ptr, n_relation_parts, size, BLOCK_K, BLOCK_E)
-    # Those who read an entry are not the threads that wrote it.
-    tl.debug_barrier()
+    products_ptr, scales_ptr = grams_ptr + 4 * size, grams_ptr + 4 * size + n_samples
+    image_scale_ptr, token_scale_ptr = scales_ptr, scales_ptr + n_samples
+    teacher_scale_ptr, student_scale_ptr = scales_ptr + 2 * n_samples, scales_ptr + 3 * n_samples
     columns = tl.arange(0, BLOCK_S)
     in_columns = columns < n_samples
-    teacher_squares = tl.zeros((BLOCK_R,), tl.float64)
-    student_squares = tl.zeros((BLOCK_R,), tl.float64)
-    joint_squares = tl.zeros((BLOCK_R,), tl.float64)
-    both_sums = tl.zeros((BLOCK_R,), tl.float64)
+    # Of one part of relations, and of tokens where they have several.
+    n_entries = size
+    if FORM == "jensen_renyi":
+        n_entries += n_samples
+    _sum_parts(image_parts_ptr, image_ptr, n_image_parts, size, size, BLOCK_K, BLOCK_E)
+    _sum_parts(token_parts_ptr, token_ptr, n_token_parts, n_entries, size, BLOCK_K, BLOCK_E)
+    _sum_parts(teacher_parts_ptr, teacher_ptr, n_relation_parts, n_entries, size, BLOCK_K, BLOCK_E)
+    _sum_parts(student_parts_ptr, student_ptr, n_relation_parts, n_entries, n_entries, BLOCK_K, BLOCK_E)
+    # Those who read an entry are not the threads that wrote it.
+    tl.debug_barrier()
+    _store_scales(grams_ptr, scales_ptr, columns, n_samples)
+    tl.debug_barrier()
+    # Compression and distillation in loops of their own, so that fewer tiles are in registers at once.
+    teacher_sums = tl.zeros((BLOCK_R,), tl.float64)
+    joint_sums = tl.zeros((BLOCK_R,), tl.float64)
     for block in range(tl.cdiv(n_samples, BLOCK_R)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (rows < n_samples)[:, None] & in_columns[None, :]
-        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
-        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
-        teacher, _, _ = _unit(teacher_ptr, rows, columns, inside, n_samples)
-        student, _, _ = _unit(student_ptr, rows, columns, inside, n_samples)
-        joint, both = image * token * teacher, teacher * student
-        teacher_squares += tl.sum(teacher * teacher, 1)
-        student_squares += tl.sum(student * student, 1)
-        joint_squares += tl.sum(joint * joint, 1)
-        if CAUCHY_SCHWARZ:
-            both_sums += tl.sum(both, 1)
-        else:
-            both_sums += tl.sum(both * both, 1)
-    q_teacher, q_student = tl.sum(teacher_squares, 0), tl.sum(student_squares, 0)
-    q_joint, q_both = tl.sum(joint_squares, 0), tl.sum(both_sums, 0)
+        image, _, _ = _unit(image_ptr, image_scale_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, token_scale_ptr, rows, columns, inside, n_samples)
+        teacher, _, _ = _unit(teacher_ptr, teacher_scale_ptr, rows, columns, inside, n_samples)
+        joint = image * token * teacher
+        teacher_sums += tl.sum(teacher * teacher, 1)
+        joint_sums += tl.sum(joint * joint, 1)
+    q_teacher, q_joint = tl.sum(teacher_sums, 0), tl.sum(joint_sums, 0)
     compression = tl.log2(q_joint) - tl.log2(q_teacher)
-    if CAUCHY_SCHWARZ:
-        least = _LEAST_PRODUCT * tl.cast(n_samples, tl.float64)
-        product = tl.maximum(q_both, least)
-        distillation = tl.log2(q_teacher) + tl.log2(q_student) - 2.0 * tl.log2(product)
-        distillation += 2.0 / _LN_2 * (1.0 - q_both / product)
-    else:
-        distillation = (
-            tl.log2(q_teacher) + tl.log2(q_student) - tl.log2(q_both) - 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
+    if FORM == "jensen_renyi":
+        distillation, of_teacher, of_student = _pair_terms(
+            products_ptr, teacher_scale_ptr, student_scale_ptr, weight_ptr, columns, n_samples
         )
+        _store_diagonal(mix_ptr + size, of_teacher, columns, n_samples)
+        _store_diagonal(mix_ptr + 2 * size, of_student, columns, n_samples)
+    else:
+        target_sums = tl.zeros((BLOCK_R,), tl.float64)
+        student_sums = tl.zeros((BLOCK_R,), tl.float64)
+        both_sums = tl.zeros((BLOCK_R,), tl.float64)
+        for block in range(tl.cdiv(n_samples, BLOCK_R)):
+            rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            inside = (rows < n_samples)[:, None] & in_columns[None, :]
+            teacher, _, _ = _unit(teacher_ptr, teacher_scale_ptr, rows, columns, inside, n_samples)
+            student, _, _ = _unit(student_ptr, student_scale_ptr, rows, columns, inside, n_samples)
+            both = teacher * student
+            if FORM == "debiased":
+                # Each by the same operations: equal Grams give three equal sums, of which nothing is left.
+                teacher, student = teacher * teacher, student * student
+            target_sums += tl.sum(teacher * teacher, 1)
+            student_sums += tl.sum(student * student, 1)
+            if FORM == "cauchy_schwarz":
+                both_sums += tl.sum(both, 1)
+            else:
+                both_sums += tl.sum(both * both, 1)
+        q_target, q_student, q_both = tl.sum(target_sums, 0), tl.sum(student_sums, 0), tl.sum(both_sums, 0)
+        distillation = tl.log2(q_target) + tl.log2(q_student)
+        if FORM == "cauchy_schwarz":
+            least = _LEAST_PRODUCT * tl.cast(n_samples, tl.float64)
+            product = tl.maximum(q_both, least)
+            distillation -= 2.0 * tl.log2(product)
+            distillation += 2.0 / _LN_2 * (1.0 - q_both / product)
+        elif FORM == "debiased":
+            distillation = 0.5 * (distillation - 2.0 * tl.log2(q_both))
+            target_ratio, student_ratio = tl.sqrt(q_both / q_target), tl.sqrt(q_both / q_student)
+        else:
+            distillation -= tl.log2(q_both)
+            distillation -= 2.0 * tl.log2(tl.cast(n_samples, tl.float64))
     loss = lambda_r * compression + lambda_d * distillation
     tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
     tl.store(compression_ptr, compression.to(tl.float32).to(loss_ptr.dtype.element_ty))
@@ -183,39 +293,59 @@ def _gram_terms_fwd_kernel(
         inside = (rows < n_samples)[:, None] & in_columns[None, :]
         diagonal = rows[:, None] == columns[None, :]
         places = rows[:, None] * n_samples + columns[None, :]
-        image, _, _ = _unit(image_ptr, rows, columns, inside, n_samples)
-        token, _, _ = _unit(token_ptr, rows, columns, inside, n_samples)
-        teacher, row_scale, column_scale = _unit(teacher_ptr, rows, columns, inside, n_samples)
-        student, student_row_scale, student_column_scale = _unit(student_ptr, rows, columns, inside, n_samples)
+        image, _, _ = _unit(image_ptr, image_scale_ptr, rows, columns, inside, n_samples)
+        token, _, _ = _unit(token_ptr, token_scale_ptr, rows, columns, inside, n_samples)
+        teacher, row_scale, column_scale = _unit(teacher_ptr, teacher_scale_ptr, rows, columns, inside, n_samples)
         given = image * token
         grad = 2.0 / _LN_2 * teacher * (given * given / q_joint - 1.0 / q_teacher)
         mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
         tl.store(mix_ptr + places, mix, mask=inside)
-        if CAUCHY_SCHWARZ:
-            grad = 2.0 / _LN_2 / product * (teacher * (product / q_teacher) - student)
-        else:
-            grad = 2.0 / _LN_2 * teacher * (1.0 / q_teacher - student * student / q_both)
-        if DETACH:
-            grad = tl.zeros_like(grad)
-        mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
-        tl.store(mix_ptr + size + places, mix, mask=inside)
-        if CAUCHY_SCHWARZ:
-            grad = 2.0 / _LN_2 / product * (student * (product / q_student) - teacher)
-        else:
-            grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
-        mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
-        tl.store(mix_ptr + 2 * size + places, mix, mask=inside)
         tl.store(teacher_unit_ptr + places, teacher, mask=inside)
+    for block in range(tl.cdiv(n_samples, BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (rows < n_samples)[:, None] & in_columns[None, :]
+        diagonal = rows[:, None] == columns[None, :]
+        places = rows[:, None] * n_samples + columns[None, :]
+        student, student_row_scale, student_column_scale = _unit(
+            student_ptr, student_scale_ptr, rows, columns, inside, n_samples
+        )
         tl.store(student_unit_ptr + places, student, mask=inside)
+        if FORM != "jensen_renyi":
+            teacher, row_scale, column_scale = _unit(teacher_ptr, teacher_scale_ptr, rows, columns, inside, n_samples)
+            if DETACH:
+                grad = tl.zeros_like(teacher)
+            elif FORM == "cauchy_schwarz":
+                grad = 2.0 / _LN_2 / product * (teacher * (product / q_target) - student)
+            elif FORM == "debiased":
+                # As a product: of equal Grams the difference is zero, however it is contracted.
+                grad = 2.0 / _LN_2 / q_both * teacher * (target_ratio * teacher - student)
+                grad *= target_ratio * teacher + student
+            else:
+                grad = 2.0 / _LN_2 * teacher * (1.0 / q_target - student * student / q_both)
+            mix = _through_unit_diagonal(grad, teacher, row_scale, column_scale, diagonal)
+            tl.store(mix_ptr + size + places, mix, mask=inside)
+            if FORM == "cauchy_schwarz":
+                grad = 2.0 / _LN_2 / product * (student * (product / q_student) - teacher)
+            elif FORM == "debiased":
+                grad = 2.0 / _LN_2 / q_both * student * (student_ratio * student - teacher)
+                grad *= student_ratio * student + teacher
+            else:
+                grad = 2.0 / _LN_2 * student * (1.0 / q_student - teacher * teacher / q_both)
+            mix = _through_unit_diagonal(grad, student, student_row_scale, student_column_scale, diagonal)
+            tl.store(mix_ptr + 2 * size + places, mix, mask=inside)
 
 
 @triton.jit
 def _gram_terms_bwd_kernel(
     teacher_ptr, student_ptr, mix_ptr, grad_loss_ptr, grad_compression_ptr, grad_distillation_ptr,
     grad_teacher_ptr, grad_student_ptr, n_samples, n_scores, lambda_r, lambda_d,
-    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one stretch of the teacher's or the student's maps."""
+    """Write the gradient of one stretch of the teacher's or the student's maps.
+
+    For pairs the matrices of L_d are diagonal, and the second of them mixes the teacher's maps into the student's
+    gradient.
+    """
     compression_weight = tl.zeros((), tl.float64)
     distillation_weight = tl.zeros((), tl.float64)
     if grad_loss_ptr is not None:
@@ -237,13 +367,24 @@ def _gram_terms_bwd_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     in_s, in_l = samples < n_samples, places < n_scores
     grad = tl.zeros((BLOCK_S, BLOCK_L), tl.float64)
-    for j in range(n_samples):
+    n_mixed = n_samples
+    if PAIRS:
+        if is_student:
+            own = mix_ptr + samples * (n_samples + 1)
+            of_teacher = distillation_weight * tl.load(own + size, mask=in_s, other=0.0)
+            of_student = distillation_weight * tl.load(own + 2 * size, mask=in_s, other=0.0)
+            inside = in_s[:, None] & in_l[None, :]
+            grad += of_teacher[:, None] * _load_maps(teacher_ptr, samples, places, inside, n_scores)
+            grad += of_student[:, None] * _load_maps(student_ptr, samples, places, inside, n_scores)
+        n_mixed = tl.where(is_student, 0, n_samples)
+    for j in range(n_mixed):
         entries = mix_ptr + samples * n_samples + j
         if is_student:
             weights = distillation_weight * tl.load(entries + 2 * size, mask=in_s, other=0.0)
         else:
             weights = compression_weight * tl.load(entries, mask=in_s, other=0.0)
-            weights += distillation_weight * tl.load(entries + size, mask=in_s, other=0.0)
+            if not PAIRS:
+                weights += distillation_weight * tl.load(entries + size, mask=in_s, other=0.0)
         row = tl.load(scores_ptr + tl.cast(j, tl.int64) * n_scores + places, mask=in_l, other=0.0)
         grad += weights[:, None] * row.to(tl.float32).to(tl.float64)[None, :]
     tl.store(
@@ -271,59 +412,62 @@ def gram_blocks(n_samples: int) -> dict[str, int]:
 
 def launch_forward(
     image_parts: Tensor,
-    token_parts: Tensor | None,
+    token_gram: Tensor | None,
     teacher_tokens: Tensor | None,
     teacher_scores: Tensor,
     student_scores: Tensor,
     objective: Objective,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, L_r, L_d, both unit Grams, and what the backward mixes the maps by, by two launches or some more.
 
-    Grams are given in parts ``[parts, s, s]``, fp32 or fp64; in place of the tokens' the tokens ``[s, k]``.
+    Grams are fp32 or fp64, that of the images in parts ``[parts, s, s]``; in place of the tokens' there may be the
+    tokens ``[s, k]``. The samples have weights where the form has them.
     """
     n_samples, n_scores = teacher_scores.shape
     n_token_columns = 0 if teacher_tokens is None else teacher_tokens.shape[1]
     blocks = map_blocks(n_samples)
     n_matrices = 2 if teacher_tokens is None else 3
     n_stretches = triton.cdiv(max(n_scores, n_token_columns), blocks["BLOCK_L"])
-    n_steps = triton.cdiv(n_stretches, max(1, PARTIAL_ELEMENTS // (n_matrices * n_samples**2)))
+    pairs = objective.compares_pairs
+    n_rows = n_samples + 1 if pairs else n_samples
+    n_steps = triton.cdiv(n_stretches, max(1, PARTIAL_ELEMENTS // (n_matrices * n_rows * n_samples)))
     n_programs = triton.cdiv(n_stretches, n_steps)
-    parts = teacher_scores.new_empty(n_matrices, n_programs, n_samples, n_samples, dtype=torch.float64)
+    parts = teacher_scores.new_empty(n_matrices, n_programs, n_rows, n_samples, dtype=torch.float64)
     with torch.cuda.device_of(teacher_scores):
         _relation_grams_kernel[(n_programs, n_matrices)](
             teacher_scores, student_scores, teacher_tokens, parts,
-            n_samples, n_scores, n_token_columns, n_steps, **blocks, num_warps=NUM_WARPS,
+            n_samples, n_scores, n_token_columns, n_steps, n_rows * n_samples,
+            **blocks, PAIRS=pairs, num_warps=NUM_WARPS,
         )  # fmt: skip
         relation_parts = _few(parts, 1)
-        if token_parts is None:
-            token_parts = relation_parts[2]
+        token_parts = relation_parts[2] if token_gram is None else token_gram.unsqueeze(0)
         image_parts = _few(image_parts, 0)
-        grams = parts.new_empty(4, n_samples, n_samples)
-        outputs = empty_outputs(parts, teacher_scores)
+        # Four Grams, the products of pairs, and the scales of the Grams.
+        grams = parts.new_empty(4 * n_samples + 1 + 4, n_samples)
+        outputs = empty_outputs(teacher_scores)
         _gram_terms_fwd_kernel[(1,)](
-            image_parts, token_parts, relation_parts[0], relation_parts[1], grams, *outputs,
+            image_parts, token_parts, relation_parts[0], relation_parts[1],
+            None if weight is None else weight.contiguous(), grams, *outputs,
             n_samples, len(image_parts), len(token_parts), relation_parts.shape[1],
             objective.lambda_r, objective.lambda_d, **gram_blocks(n_samples),
-            DETACH=objective.detach_teacher_relation, CAUCHY_SCHWARZ=objective.distillation == "cauchy_schwarz",
+            FORM=objective.distillation, DETACH=objective.detach_teacher_relation and not pairs,
         )  # fmt: skip
     return outputs
 
 
 def _few(parts: Tensor, dim: int) -> Tensor:
     """Return the parts, or their sum as the only one where one program would sum them for too long."""
-    n_parts, n_samples = parts.shape[dim], parts.shape[-1]
-    few = n_parts == 1 or n_parts * n_samples**2 <= PART_ELEMENTS
+    n_parts, n_entries = parts.shape[dim], parts.shape[-2:].numel()
+    few = n_parts == 1 or n_parts * n_entries <= PART_ELEMENTS
     return parts if few else parts.sum(dim, keepdim=True, dtype=torch.float64)
 
 
-def empty_outputs(gram: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty_outputs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return room for what the forward returns."""
     loss, compression, distillation = (scores.new_empty(()) for _ in range(3))
-    shape = gram.shape[-2:]
-    return (
-        loss, compression, distillation,
-        gram.new_empty(shape), gram.new_empty(shape), gram.new_empty(3, *shape),
-    )  # fmt: skip
+    mix = scores.new_empty(3, len(scores), len(scores), dtype=torch.float64)
+    return loss, compression, distillation, torch.empty_like(mix[0]), torch.empty_like(mix[0]), mix
 
 
 def launch_backward(
@@ -335,6 +479,7 @@ def launch_backward(
     grad_distillation: Tensor | None,
     lambda_r: float,
     lambda_d: float,
+    compares_pairs: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of both maps, by one launch."""
     teacher_scores, student_scores = teacher_scores.contiguous(), student_scores.contiguous()
@@ -344,6 +489,7 @@ def launch_backward(
     with torch.cuda.device_of(teacher_scores):
         _gram_terms_bwd_kernel[(triton.cdiv(n_scores, blocks["BLOCK_L"]), 2)](
             teacher_scores, student_scores, mix, grad_loss, grad_compression, grad_distillation,
-            grad_teacher, grad_student, n_samples, n_scores, lambda_r, lambda_d, **blocks, num_warps=NUM_WARPS,
+            grad_teacher, grad_student, n_samples, n_scores, lambda_r, lambda_d,
+            **blocks, PAIRS=compares_pairs, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_teacher, grad_student

@@ -23,20 +23,27 @@ def _forward(
     lambda_d: float,
     distillation: str,
     detach_teacher_relation: bool,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    image_parts, token_parts = (gram.contiguous().unsqueeze(0) for gram in (image_gram, token_gram))
+    image_parts = image_gram.contiguous().unsqueeze(0)
     # A schema's string is one of the forms by the time it gets here.
     objective = Objective(lambda_r, lambda_d, 2.0, distillation, detach_teacher_relation)  # type: ignore[arg-type]
     return kernels.launch_forward(
-        image_parts, token_parts, None, teacher_scores.contiguous(), student_scores.contiguous(), objective
+        image_parts,
+        token_gram.contiguous(),
+        None,
+        teacher_scores.contiguous(),
+        student_scores.contiguous(),
+        objective,
+        weight,
     )
 
 
 @_forward.register_fake
 def _(
-    image_gram: Tensor, _: Tensor, teacher_scores: Tensor, *_rest: object
+    _: Tensor, _token_gram: Tensor, teacher_scores: Tensor, *_rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels.empty_outputs(image_gram, teacher_scores)
+    return kernels.empty_outputs(teacher_scores)
 
 
 _backward = torch.library.custom_op("renyi_kd::gram_terms_backward", kernels.launch_backward, mutates_args=())
@@ -48,7 +55,8 @@ def _(teacher_scores: Tensor, student_scores: Tensor, *_mix_and_gradients: objec
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, _, _ = inputs
+    _, _, teacher_scores, student_scores, ctx.lambda_r, ctx.lambda_d, distillation, *_ = inputs
+    ctx.compares_pairs = Objective(distillation=distillation).compares_pairs
     ctx.save_for_backward(teacher_scores, student_scores, output[-1])
     ctx.mark_non_differentiable(*output[3:])
     # A term that nobody differentiates costs no launch for its zero.
@@ -61,11 +69,17 @@ def _differentiate(
     grad_compression: Tensor | None,
     grad_distillation: Tensor | None,
     *_: None,
-) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None, None]:
+) -> tuple[None, None, Tensor | None, Tensor | None, None, None, None, None, None]:
     grad_teacher, grad_student = torch.ops.renyi_kd.gram_terms_backward(
-        *ctx.saved_tensors, grad_loss, grad_compression, grad_distillation, ctx.lambda_r, ctx.lambda_d
+        *ctx.saved_tensors,
+        grad_loss,
+        grad_compression,
+        grad_distillation,
+        ctx.lambda_r,
+        ctx.lambda_d,
+        ctx.compares_pairs,
     )
-    return None, None, grad_teacher, grad_student, None, None, None, None
+    return None, None, grad_teacher, grad_student, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -73,7 +87,12 @@ _backward.register_autograd(second_derivative_refusal("gram_terms", "use impl='r
 
 
 def gram_terms(
-    image_gram: Tensor, token_gram: Tensor, teacher_scores: Tensor, student_scores: Tensor, objective: Objective
+    image_gram: Tensor,
+    token_gram: Tensor,
+    teacher_scores: Tensor,
+    student_scores: Tensor,
+    objective: Objective,
+    weight: Tensor | None = None,
 ) -> RelationTerms:
     """Return what the reference does at alpha = 2."""
     *terms, _ = torch.ops.renyi_kd.gram_terms(
@@ -85,5 +104,6 @@ def gram_terms(
         objective.lambda_d,
         objective.distillation,
         objective.detach_teacher_relation,
+        weight,
     )
     return RelationTerms(*terms)

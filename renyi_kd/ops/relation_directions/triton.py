@@ -206,8 +206,13 @@ def launch_backward(
     grad_directions: Tensor,
     grad_offsets: Tensor,
     grad_tokens: Tensor,
+    *,
+    n_weight_rows: int | None = None,
 ) -> list[Tensor]:
-    """Write the gradient of the tokens and return those of the weights, by two launches; rows given may be strided."""
+    """Write the gradient of the tokens and return those of the weights, by two launches; rows given may be strided.
+
+    To tokens after the first ``n_weight_rows``, if given, the weights are constants.
+    """
     query, u, unit, rstd = saved
     n_tokens, n_channels = unit.shape
     named = RelationWeights(*weights)
@@ -223,7 +228,8 @@ def launch_backward(
         )  # fmt: skip
         _relation_weights_bwd_kernel[(n_tiles, n_tiles)](
             named.norm_weight, named.norm_bias, grad_directions, grad_offsets, query, u, unit,
-            grad_u, grad_query, grad_m, *grad_weights, n_tokens, n_channels, *strides,
+            grad_u, grad_query, grad_m, *grad_weights,
+            n_tokens if n_weight_rows is None else n_weight_rows, n_channels, *strides,
             BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_weights
