@@ -43,7 +43,7 @@ import renyi_kd.ops.feature_terms.triton  # noqa: E402  (operators are known fro
 import renyi_kd.ops.gram_terms.triton  # noqa: E402, F401
 from renyi_kd.ops.feature_terms import teacher_kernel  # noqa: E402
 from renyi_kd.ops.gram_moment import triton as gram_moment_triton  # noqa: E402
-from renyi_kd.ops.gram_terms import kernels as gram_terms_kernels  # noqa: E402
+from renyi_kd.ops.gram_terms import launch as gram_terms_launch  # noqa: E402
 from renyi_kd.ops.relation_directions import triton as relation_directions_triton  # noqa: E402
 from renyi_kd.ops.relation_scores import reference as relation_scores_reference  # noqa: E402
 from renyi_kd.ops.relation_scores import triton as relation_scores_triton  # noqa: E402
@@ -327,7 +327,7 @@ def test_teacher_pass_keeps_nan_where_it_is():
 
 # gram_terms.
 
-BLOCK_L = gram_terms_kernels.map_blocks(4)["BLOCK_L"]
+BLOCK_L = gram_terms_launch.map_blocks(4)["BLOCK_L"]
 DISTILLATIONS = ["mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi"]
 GRAM_FORMS = DISTILLATIONS[:3]
 SIZES = [
@@ -456,7 +456,7 @@ def test_weights_in_every_dtype_and_any_stride(dtype):
 def test_terms_where_a_program_has_several_stretches_or_none_sums_the_parts(limit, elements, form, monkeypatch):
     arguments, objective = relations(5, 4 * BLOCK_L + 3), Objective(distillation=form)
     expected = gram_terms(*arguments, objective, impl="triton")
-    monkeypatch.setattr(gram_terms_kernels, limit, elements)
+    monkeypatch.setattr(gram_terms_launch, limit, elements)
     for a, e in zip(gram_terms(*arguments, objective, impl="triton"), expected, strict=True):
         torch.testing.assert_close(a, e)
 

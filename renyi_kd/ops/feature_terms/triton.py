@@ -31,7 +31,7 @@ from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import teacher_kernel
 from renyi_kd.ops.feature_terms.types import Pair
-from renyi_kd.ops.gram_terms import kernels as gram_terms
+from renyi_kd.ops.gram_terms import launch as gram_terms
 from renyi_kd.ops.gram_terms.types import RelationTerms
 from renyi_kd.ops.relation_directions import Relation, RelationWeights
 from renyi_kd.ops.relation_directions import triton as relation_directions
@@ -187,8 +187,9 @@ _backward.register_autograd(second_derivative_refusal("feature_terms", "use a te
 
 def feature_terms(pair: Pair, relation: Relation, objective: Objective) -> RelationTerms:
     """Return what the operations one by one do, one sample an image, at alpha = 2."""
+    pair = pair.constant_teacher()
     terms = torch.ops.renyi_kd.feature_terms(
-        *pair.constant_teacher()[:4],
+        *pair[:4],
         [weight.contiguous() for weight in relation.weights],
         relation.token_eps,
         relation.feature_eps,

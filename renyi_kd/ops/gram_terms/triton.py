@@ -9,7 +9,7 @@ from torch import Tensor
 
 from renyi_kd.objective import Objective
 from renyi_kd.ops.autograd import second_derivative_refusal
-from renyi_kd.ops.gram_terms import kernels
+from renyi_kd.ops.gram_terms import launch
 from renyi_kd.ops.gram_terms.types import RelationTerms
 
 
@@ -28,7 +28,7 @@ def _forward(
     image_parts = image_gram.contiguous().unsqueeze(0)
     # A schema's string is one of the forms by the time it gets here.
     objective = Objective(lambda_r, lambda_d, 2.0, distillation, detach_teacher_relation)  # type: ignore[arg-type]
-    return kernels.launch_forward(
+    return launch.launch_forward(
         image_parts,
         token_gram.contiguous(),
         None,
@@ -43,10 +43,10 @@ def _forward(
 def _(
     _: Tensor, _token_gram: Tensor, teacher_scores: Tensor, *_rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels.empty_outputs(teacher_scores)
+    return launch.empty_outputs(teacher_scores)
 
 
-_backward = torch.library.custom_op("renyi_kd::gram_terms_backward", kernels.launch_backward, mutates_args=())
+_backward = torch.library.custom_op("renyi_kd::gram_terms_backward", launch.launch_backward, mutates_args=())
 
 
 @_backward.register_fake
