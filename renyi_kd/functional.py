@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from renyi_kd.diagnostics import Relations
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.feature_terms import Pair, feature_terms
@@ -133,7 +134,7 @@ def infosam_terms(
     check_features("infosam_terms", "student", student)
     check_sample_weight("infosam_terms", sample_weight, objective, student, check_finite=check_finite)
     scope = Scope(global_batch)
-    terms, _ = relation_terms(
+    return relation_terms(
         "infosam_terms",
         relation,
         teacher,
@@ -144,7 +145,6 @@ def infosam_terms(
         check_finite=check_finite,
         impl=impl,
     )
-    return terms
 
 
 def relation_terms(
@@ -158,8 +158,8 @@ def relation_terms(
     *,
     check_finite: bool,
     impl: Impl,
-) -> tuple[InfoSAMTerms, tuple[Tensor, Tensor]]:
-    """Return the loss with its terms, and the Grams of both relations.
+) -> InfoSAMTerms:
+    """Return the loss with its terms and relations.
 
     The objective, each model's features and the weights of the samples were checked before; ``function`` begins the
     messages of what is wrong with the pair.
@@ -169,7 +169,7 @@ def relation_terms(
     pair = Pair(*teacher[:2], *student[:2], images, sample_weight)
     value = relation.value(student.mask_tokens, function=function)
     terms = feature_terms(pair, value, objective, join=scope.join(function), impl=impl)
-    return InfoSAMTerms(*terms[:3]), (terms.teacher_gram, terms.student_gram)
+    return InfoSAMTerms(*terms[:3], Relations(terms.teacher_gram, terms.student_gram, objective.alpha))
 
 
 def check_sample_weight(

@@ -9,17 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from renyi_kd.diagnostics import RelationDiagnostics, diagnose
+from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.functional import check_sample_weight, relation_terms
+from renyi_kd.gradient_share import GradientMeasurement
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, check_impl, resolve
 from renyi_kd.relation import RelationModule, check_start
 from renyi_kd.sam.features import SAMFeatures, check_features
 from renyi_kd.sam.inputs import CompareInputs, Comparison
+from renyi_kd.sam.reads import Reads, with_reads
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.bank import SampleBank
 from renyi_kd.samples.scope import Scope
+from renyi_kd.share_control import ShareControl
 from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
 
@@ -41,6 +44,12 @@ class InfoSAMLoss(nn.Module):
         alpha: order of the entropies, in (0, inf].
         distillation: the form of L_d: ``"mutual_information"``, the paper's, or one that pulls the student's relations
             onto the teacher's: ``"cauchy_schwarz"``, ``"debiased"``, ``"jensen_renyi"``.
+        gradient_share: the share that the loss is to have in the gradient, as ``diagnostics`` tells it: the norm of its
+            own over that of the task's, at the image features or the mask tokens, whichever is larger. One weight of
+            both terms follows the measured share of earlier steps, whatever the scale of the task, the form or the
+            batch; a factor of your own before the loss has no effect then. In (0, 10]; None leaves the weights as they
+            are. Until a share was measured the weight is 2^-10. It is part of the state dict. In several processes
+            every process calls the loss, as often as the others.
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
@@ -73,6 +82,7 @@ class InfoSAMLoss(nn.Module):
         lambda_d: float = 0.5,
         alpha: float = 2.0,
         distillation: Distillation = "mutual_information",
+        gradient_share: float | None = None,
         token: Token = "first",
         detach_teacher_relation: bool = False,
         global_batch: bool = False,
@@ -91,6 +101,11 @@ class InfoSAMLoss(nn.Module):
             raise ValueError(
                 f"InfoSAMLoss: bank_size must be a number of samples, got {bank_size!r}; 0 takes none of earlier steps"
             )
+        if gradient_share is not None and not (_is_number(gradient_share) and 0 < gradient_share <= 10):
+            raise ValueError(
+                f"InfoSAMLoss: gradient_share must lie in (0, 10], got {gradient_share!r}; 0.1 is a tenth of the "
+                "task's gradient, and None keeps the weights as they are"
+            )
         check_impl("InfoSAMLoss", impl)
         resolve(impl)
         self.relation = RelationModule(dim, generator=generator)
@@ -98,7 +113,9 @@ class InfoSAMLoss(nn.Module):
         self.check_finite = check_finite
         self.impl: Impl = impl
         self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None)
-        self._relation_grams: tuple[Tensor, Tensor] | None = None
+        self.share_control = None if gradient_share is None else ShareControl(gradient_share)
+        self._last: InfoSAMTerms | None = None
+        self._last_weight: Tensor | None = None
         self._pair = ModelPair()
         self._comparison = Comparison(compare_inputs)
         self._gradient_watch = _GradientWatch()
@@ -149,6 +166,11 @@ class InfoSAMLoss(nn.Module):
             raise TypeError(_not_tapped("teacher", teacher))
         if not isinstance(student, Tap | SAMFeatures):
             raise TypeError(_not_tapped("student", student))
+        if self.share_control is not None and torch.compiler.is_compiling():
+            raise RuntimeError(
+                "InfoSAMLoss: gradient_share must be measured outside of torch.compile, which traces no hooks, got a "
+                "compiled loss; compile the models, and leave the loss as it is"
+            )
         step = Step(batch)
         # The student first: what it has collected may be stale, and a teacher's forward takes long.
         if isinstance(student, Tap):
@@ -157,13 +179,18 @@ class InfoSAMLoss(nn.Module):
                 self._pair.check(frozen, student.model)
             self._gradient_watch.look(self.relation, student.model)
             student, step = student.take_step(batch)
+        reads = Reads()
+        # torch.compile traces no hooks, and would find aliases in the place of leaves.
+        if not torch.compiler.is_compiling():
+            check_features("InfoSAMLoss", "student", student)
+            student = with_reads(student)
+            reads = student.reads
+        student = _with_token("student", student, self.token)
         if not isinstance(teacher, SAMFeatures):
             teacher = teacher.observe(step._replace(comparison=self._comparison))
-        teacher, student = (
-            _with_token(name, features, self.token) for name, features in (("teacher", teacher), ("student", student))
-        )
+        teacher = _with_token("teacher", teacher, self.token)
         check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
-        terms, self._relation_grams = relation_terms(
+        terms = relation_terms(
             "InfoSAMLoss",
             self.relation,
             teacher,
@@ -174,20 +201,63 @@ class InfoSAMLoss(nn.Module):
             check_finite=self.check_finite,
             impl=self.impl,
         )
-        return terms
+        return self._weighed(terms, reads)
 
     def diagnostics(self) -> RelationDiagnostics:
-        """Return the state of the relations in the last step: entropies and similarities, without gradient.
+        """Return ``terms.diagnostics()`` of the last step: relations, and the loss's share of the gradient.
 
         Raises:
             RuntimeError: the loss was not computed yet.
 
         """
-        if self._relation_grams is None:
+        if self._last is None:
             raise RuntimeError(
                 "InfoSAMLoss: diagnostics must follow a step, got a loss that was not computed yet; call it first"
             )
-        return diagnose(*self._relation_grams, alpha=self.alpha)
+        return self._last.diagnostics()
+
+    def scalars(self) -> dict[str, float]:
+        """Return the last step as plain numbers for a logger: loss, terms, diagnostics as far as known, and weight.
+
+        Behind a wrapper such as DDP: ``wrapped.module.scalars()``. Waits for the device.
+
+        Raises:
+            RuntimeError: the loss was not computed yet.
+
+        """
+        diagnostics = self.diagnostics()._asdict()
+        assert self._last is not None
+        values = {
+            "loss": self._last.loss,
+            "compression": self._last.compression,
+            "distillation": self._last.distillation,
+            "weight": self._last_weight,
+            **diagnostics,
+        }
+        return {name: value.item() for name, value in values.items() if value is not None}
+
+    def _weighed(self, terms: InfoSAMTerms, reads: Reads) -> InfoSAMTerms:
+        """Return the terms with the weight that the share asks for, and with what measures the share."""
+        control, weight = self.share_control, None
+        measures = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        known = bool(reads.image_features or reads.mask_tokens)
+        if control is not None and measures and not known:
+            raise RuntimeError(
+                "InfoSAMLoss: gradient_share must know the student's own tensors, got features that a function "
+                "computed; name places whose functions return a module's output or a view of it, or leave it out"
+            )
+        gradients = GradientMeasurement(reads) if measures and known else None
+        loss, compression, distillation = terms
+        if control is not None:
+            weight = control.weight() if gradients is None else control.next_weight()
+            loss = weight * loss
+            if gradients is not None:
+                control.follow(gradients, weight)
+        relations = None if terms.relations is None else terms.relations._replace(gradients=gradients)
+        terms = InfoSAMTerms(loss, compression, distillation, relations)
+        self._last = InfoSAMTerms(loss.detach(), compression.detach(), distillation.detach(), relations)
+        self._last_weight = weight
+        return terms
 
     @property
     def objective(self) -> Objective:
@@ -198,6 +268,11 @@ class InfoSAMLoss(nn.Module):
     def objective(self, objective: Objective) -> None:
         check_objective("InfoSAMLoss", objective)
         self._objective = objective
+
+    @property
+    def gradient_share(self) -> float | None:
+        """The share of the task's gradient that the loss is to have; None where its weights are as they are."""
+        return None if self.share_control is None else self.share_control.share
 
     @property
     def lambda_r(self) -> float:
@@ -234,10 +309,20 @@ class InfoSAMLoss(nn.Module):
         """How many samples of earlier steps join those of a step."""
         return 0 if self._scope.bank is None else self._scope.bank.size
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has made no step.
+        return {**self.__dict__, "_last": None, "_last_weight": None}
+
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.objective._asdict().items())
+        if self.gradient_share is not None:
+            settings += f", gradient_share={self.gradient_share!r}"
         return f"{settings}, token={self.token!r}, global_batch={self.global_batch}, bank_size={self.bank_size}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from renyi_kd.diagnostics import RelationDiagnostics, Relations, diagnose
 from renyi_kd.entropy import check_alpha
 
 Distillation = Literal["mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi"]
@@ -44,20 +45,48 @@ class Objective(NamedTuple):
         return self.distillation == "jensen_renyi"
 
 
-class InfoSAMTerms(NamedTuple):
-    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph.
-
-    Attributes:
-        loss: ``lambda_r * compression + lambda_d * distillation``.
-        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
-        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, a form that
-            is 0 where they are equal and positive elsewhere.
-
-    """
-
+class _Terms(NamedTuple):
     loss: Tensor
     compression: Tensor
     distillation: Tensor
+
+
+class InfoSAMTerms(_Terms):
+    """The loss and its two terms, each ``[]`` in bits; all three are attached to the graph. A tuple of them.
+
+    Attributes:
+        loss: ``lambda_r * compression + lambda_d * distillation``, times the weight that ``gradient_share`` asks for.
+        compression: L_r, of the teacher alone, in [-log2 s, 0] for s samples.
+        distillation: L_d: the negative mutual information of the two relations or, where it was asked for, a form that
+            is 0 where they are equal and positive elsewhere.
+        relations: what :meth:`diagnostics` reads; None for terms that were put together elsewhere.
+
+    """
+
+    relations: Relations | None
+
+    # No field of the tuple, so that the three can still be unpacked.
+    def __new__(
+        cls, loss: Tensor, compression: Tensor, distillation: Tensor, relations: Relations | None = None
+    ) -> InfoSAMTerms:
+        """Return the terms of a step, which its relations belong to."""
+        terms = super().__new__(cls, loss, compression, distillation)
+        terms.relations = relations
+        return terms
+
+    def diagnostics(self) -> RelationDiagnostics:
+        """Return the state of the relations in this step and, after its backward, the loss's share of the gradient.
+
+        Raises:
+            RuntimeError: the terms hold no relations.
+
+        """
+        if self.relations is None:
+            raise RuntimeError(
+                "InfoSAMTerms: diagnostics must have the relations of a step, got terms without them; keep the terms "
+                "that infosam_terms or infosam_loss.terms returned"
+            )
+        return diagnose(self.relations)
 
 
 def check_objective(function: str, objective: Objective) -> None:

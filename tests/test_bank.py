@@ -74,7 +74,7 @@ def test_a_step_is_that_of_its_samples_and_the_last_ones(alpha, distillation):
         assert_close_on_scale(value, of_whole[name][:2], name=name, rtol=1e-10)
     without = with_bank(0, **settings)
     without(teacher, whole)
-    for value, target in zip(infosam.diagnostics(), without.diagnostics(), strict=True):
+    for value, target in zip(infosam.diagnostics()[:5], without.diagnostics()[:5], strict=True):
         assert value.item() == pytest.approx(target.item(), rel=1e-12)
 
 
@@ -126,7 +126,7 @@ def test_batches_of_one_sample():
         of_student, of_module = gradients(loss, own, infosam.relation)
         losses.append(loss.item())
         largest.append(max(value.abs().max().item() for value in (*of_student.values(), *of_module.values())))
-        assert torch.stack(list(infosam.diagnostics())).isfinite().all()
+        assert torch.stack(infosam.diagnostics()[:5]).isfinite().all()
     assert losses[0] == largest[0] == 0
     assert min(largest[1:]) > 1e-5
     assert losses[2] < losses[1] < -0.1

@@ -7,6 +7,7 @@ fails. RENYI_KD_WRITE_FAMILIES=1 writes what was found into the rows of the READ
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from renyi_kd import InfoSAMLoss, Tap, tap
 from tests.support.families import (
@@ -94,10 +96,16 @@ def largest_gradient(module: nn.Module) -> float:
 
 def check_gradients(case_dim: int, teacher: Tap, student: Tap, batch: Any, *parts: nn.Module) -> InfoSAMLoss:
     infosam_loss = InfoSAMLoss(case_dim)
-    student(batch)
+    output = student(batch)
     value = infosam_loss(teacher, student, batch)
     assert value.isfinite()
-    value.backward()
+    # Whatever of it a task could be made of.
+    made = [leaf.float().square().mean() for leaf in tree_leaves(output) if getattr(leaf, "requires_grad", False)]
+    (value + sum(made)).backward()
+    if made:
+        state = infosam_loss.diagnostics()
+        assert 0 < state.image_features_share < math.inf
+        assert 0 < state.mask_tokens_share < math.inf
     for part in (*parts, infosam_loss.relation):
         assert largest_gradient(part) > 0
     assert largest_gradient(teacher.model) == 0

@@ -258,6 +258,24 @@ def test_a_bank_holds_samples_of_all_processes(found):
         assert [loss.item() for loss in of_rank["bank_over_the_global_batch"]] == pytest.approx(expected, rel=1e-12)
 
 
+def test_share_is_one_of_all_processes(found):
+    infosam_loss = InfoSAMLoss(12).double()
+    squares: dict[str, list[float]] = {"image_features": [0.0, 0.0], "mask_tokens": [0.0, 0.0]}
+    for rank in range(2):
+        teacher, student = (
+            processes.part(0, seed=0, image_index=[0, 1]),
+            in_training(processes.part(0, seed=10 + rank, image_index=[0, 1])),
+        )
+        losses = infosam_loss(teacher, student), processes.task_of_a_process(rank, student)
+        for number, loss in enumerate(losses):
+            for name in squares:
+                gradient = torch.autograd.grad(loss, getattr(student, name), retain_graph=True)[0]
+                squares[name][number] += gradient.square().sum().item()
+    share = max(own / task for own, task in squares.values()) ** 0.5
+    for weights in (of_rank["share_of_all_processes"] for of_rank in found):
+        assert weights == pytest.approx([2.0**-10, 0.1 / share, 0.1 / share], rel=1e-6)
+
+
 def pairs_of_one_process(weight: list[float] | None, lambda_r: float, **settings: Any) -> list[Any]:
     """Return what :func:`processes.step_of_pairs` does, of the samples of all processes."""
     relation, student = relation_module(dtype=torch.float64), in_training(all_parts(10, **settings))

@@ -4,6 +4,7 @@
     python -m benchmarks.segmentation run --data DATA/kvasir_seg --peft lora --distiller none infosam --seeds 3
     python -m benchmarks.segmentation table
     python -m benchmarks.segmentation relations --data DATA/kvasir_seg
+    python -m benchmarks.segmentation shares --data DATA/kvasir_seg --distiller infosam infosam_share
 
 Every finished run is a file of its own in the folder of --out, and is not run again: after a kill the same command goes
 on where it was.
@@ -62,6 +63,11 @@ def relations(options: Options) -> int:
     return Grid(options).relations()
 
 
+def shares(options: Options) -> int:
+    """Write how large the gradient of InfoSAM is beside the task's, step by step; every --distiller a form of it."""
+    return Grid(options).shares()
+
+
 def table(shown: Shown) -> int:
     """Print what the finished runs come to."""
     rows = read(shown.out)
@@ -74,7 +80,7 @@ def table(shown: Shown) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 1 if a run could not be done."""
-    commands = {command.__name__: command for command in (run, plan, relations, table)}
+    commands = {command.__name__: command for command in (run, plan, relations, shares, table)}
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROGRAM, description=__doc__, args=argv, config=(tyro.conf.OmitArgPrefixes,)

@@ -21,6 +21,7 @@ from benchmarks.segmentation.options import EPOCHS, EPOCHS_OF_POINTS, Options
 from benchmarks.segmentation.relations import save_relations
 from benchmarks.segmentation.rows import Row, read, write
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
+from benchmarks.segmentation.shares import save_shares
 from benchmarks.segmentation.training import Run
 from examples.models import load_sam
 from renyi_kd.teachers.encoder_cache import fingerprint
@@ -119,6 +120,18 @@ class Grid:
         with tqdm(total=sum(run.length for run in runs.values()), unit="it", desc=", ".join(first)) as bar:
             paths = save_relations(runs, self.options.out, bar.update)
         print(f"written: {', '.join(map(str, paths))}")
+        return 0
+
+    def shares(self) -> int:
+        """Write the share of InfoSAM in the gradient, step by step, for every data set and distiller."""
+        options = self.options
+        path = options.out / "shares.csv"
+        for name in self.data:
+            for distiller in options.distiller:
+                run = self._ready(self._settings(name, options.peft[0], distiller, 0))
+                with tqdm(total=run.length, unit="it", desc=f"{name}, {distiller}") as bar:
+                    save_shares([run], path, bar.update)
+        print(f"written: {path}")
         return 0
 
     def todo(self) -> list[Settings]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from renyi_kd.sam.decoder_call import DecoderCall
-from renyi_kd.sam.features import SAMFeatures
+from renyi_kd.sam.decoder_call import DecoderCall, Held, hold
 from renyi_kd.sam.inputs import Seen
+from renyi_kd.sam.reads import Read, ReadFeatures, Reads, read
 
 
-def features_of_calls(all_calls: Sequence[DecoderCall], groups_are_images: bool = False) -> SAMFeatures:
+def features_of_calls(all_calls: Sequence[DecoderCall], groups_are_images: bool = False) -> ReadFeatures:
     """Return the calls that count as one: maps of distinct images, samples in the order of the calls.
 
     Args:
@@ -31,8 +31,9 @@ def features_of_calls(all_calls: Sequence[DecoderCall], groups_are_images: bool 
             "features must not mix; tap the part of the model whose decoder is meant"
         )
     first_image: dict[int, int] = {}
-    maps: list[Tensor] = []
+    maps: list[Held] = []
     rows, index = [], []
+    token_reads: list[Read] = []
     for call in calls:
         image = call.image
         if image.overwritten():
@@ -41,28 +42,33 @@ def features_of_calls(all_calls: Sequence[DecoderCall], groups_are_images: bool 
                 "overwritten in place; pass a tensor of its own to each decoder call"
             )
         if id(image) not in first_image:
-            first_image[id(image)] = sum(map(len, maps))
-            maps.append(image.value)
-        for tokens, images in _samples(call, groups_are_images):
+            first_image[id(image)] = sum(len(each.value) for each in maps)
+            maps.append(image)
+        for tokens, images, reads in _samples(call, groups_are_images):
             rows.append(tokens)
+            token_reads += reads
             index.append(first_image[id(image)] + images)
-    if len({tuple(value.shape[1:]) for value in maps}) > 1:
+    n_images = sum(len(each.value) for each in maps)
+    if len({tuple(each.value.shape[1:]) for each in maps}) > 1:
         raise RuntimeError(
-            f"tap: image features of one step must have one size, got {[tuple(value.shape) for value in maps]}; "
+            f"tap: image features of one step must have one size, got {[tuple(each.value.shape) for each in maps]}; "
             "call the loss once per image size"
         )
     image_index = torch.cat(index)
     if not len(image_index):
         raise RuntimeError(
-            f"tap: the images of a step must have prompts, got {sum(map(len, maps))} images without any; leave the "
+            f"tap: the images of a step must have prompts, got {n_images} images without any; leave the "
             "loss out of such a step, and call clear() on the student's tap"
         )
-    one_to_one = torch.equal(image_index, torch.arange(sum(map(len, maps))))
-    return SAMFeatures(_joined(maps), torch.cat(rows), None if one_to_one else image_index)
+    one_to_one = torch.equal(image_index, torch.arange(n_images))
+    aliases, map_reads = zip(*(read(each.value, each.source) for each in _whole(maps)), strict=True)
+    image_features = aliases[0] if len(aliases) == 1 else torch.cat(aliases)
+    known = Reads(tuple(each for each in map_reads if each is not None), tuple(token_reads))
+    return ReadFeatures(image_features, torch.cat(rows), None if one_to_one else image_index, known)
 
 
-def _samples(call: DecoderCall, groups_are_images: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return the mask tokens ``[s, n, d]`` of each group of a call, with the image of each sample."""
+def _samples(call: DecoderCall, groups_are_images: bool) -> list[tuple[Tensor, Tensor, list[Read]]]:
+    """Return the mask tokens ``[s, n, d]`` of each group of a call, the image of each sample, and the reads."""
     n_images, n_groups = len(call.image.value), len(call.groups)
     looped = n_groups > 1 and n_images > 1
     if looped and not (groups_are_images and n_groups == n_images):
@@ -83,11 +89,15 @@ def _samples(call: DecoderCall, groups_are_images: bool) -> list[tuple[Tensor, T
                 "tap: mask tokens must stay as they are until the loss is computed, got tokens that were overwritten "
                 "in place; leave the decoder's tokens as they are, or use a copy of them"
             )
-        values = [group[number].value for number in range(len(group))]
+        read_tokens = [read(group[number].value, group[number].source) for number in range(len(group))]
+        values = [alias for alias, _ in read_tokens]
+        reads = [each for _, each in read_tokens if each is not None]
         tokens = torch.stack([value.flatten(0, -2) for value in values], 1)
         images = torch.full((len(tokens),), number) if looped else _images(values[0], n_images, call.layout)
         keep = None if looped else _true_prompts(call.prompts, tuple(values[0].shape[:-1]))
-        parts.append((tokens, images) if keep is None else (tokens[keep.to(tokens.device)], images[keep]))
+        if keep is not None:
+            tokens, images = tokens[keep.to(tokens.device)], images[keep]
+        parts.append((tokens, images, reads))
     return parts
 
 
@@ -132,16 +142,18 @@ def _true_prompts(prompts: Sequence[Seen], shape: tuple[int, ...]) -> Tensor | N
     return None if bool(keep.all()) else keep
 
 
-def _joined(maps: list[Tensor]) -> Tensor:
-    """Return the maps as one tensor: without a copy where they are the consecutive parts of one."""
-    whole = maps[0]._base
+def _whole(maps: list[Held]) -> list[Held]:
+    """Return the one map of which these are the consecutive parts, so that it needs no copy; or the maps."""
     if len(maps) == 1:
-        return maps[0]
-    if whole is not None and whole.shape == (sum(map(len, maps)), *maps[0].shape[1:]):
-        offset = whole.storage_offset()
-        for part in maps:
-            if part._base is not whole or part.storage_offset() != offset or part.stride()[1:] != whole.stride()[1:]:
-                return torch.cat(maps)
-            offset += len(part) * whole.stride(0)
-        return whole
-    return torch.cat(maps)
+        return maps
+    first = maps[0].value
+    whole = first._base
+    if whole is None or whole.shape != (sum(len(each.value) for each in maps), *first.shape[1:]):
+        return maps
+    offset = whole.storage_offset()
+    for each in maps:
+        part = each.value
+        if part._base is not whole or part.storage_offset() != offset or part.stride()[1:] != whole.stride()[1:]:
+            return maps
+        offset += len(part) * whole.stride(0)
+    return [hold(whole)]

@@ -12,10 +12,18 @@ from renyi_kd.sam.memory import version
 
 
 class Held(NamedTuple):
-    """A tensor of the model, and the version of its memory when it was seen."""
+    """A tensor of the model, and the version of its memory when it was seen.
+
+    Attributes:
+        value: the tensor.
+        version: of its memory.
+        source: the tensor of the model that it is a view of; None where that is itself, or is not known.
+
+    """
 
     value: Tensor
     version: int
+    source: Tensor | None = None
 
     def overwritten(self) -> bool:
         """Return whether its memory was written to since."""
@@ -46,9 +54,9 @@ class DecoderCall:
     prompts: list[Seen] = field(default_factory=list)
 
 
-def hold(value: Tensor) -> Held:
-    """Return a tensor as it is now."""
-    return Held(value, version(value))
+def hold(value: Tensor, source: Tensor | None = None) -> Held:
+    """Return a tensor as it is now, a view of ``source``."""
+    return Held(value, version(value), source)
 
 
 def are_one(known: Held, new: Held) -> bool:

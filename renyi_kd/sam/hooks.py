@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.sam.inputs import argument_names, seen
-from renyi_kd.sam.memory import is_fake, leaves
+from renyi_kd.sam.memory import is_fake, leaves, storage_of
 from renyi_kd.sam.module_paths import Place, modules_at, plain, taken
 from renyi_kd.sam.parts import Decoder, image_encoder_of, prompt_encoder_of
 from renyi_kd.sam.recording import Recording
@@ -79,13 +79,15 @@ class Hooks:
         """Read what the user named."""
 
         def add_image(tap: Listener, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            tap.recording.begin_place(taken("image_features", image_features, output))
+            features = taken("image_features", image_features, output)
+            tap.recording.begin_place(features, _source(features, output))
 
         def add_tokens(tap: Listener, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             tokens = taken("mask_tokens", mask_tokens, output)
+            source = _source(tokens, output)
             tokens = tokens[:, None] if tokens.ndim == 2 else tokens
             for number, token in enumerate(tokens.unbind(-2)):
-                tap.recording.add_tokens(number, token)
+                tap.recording.add_tokens(number, token, source=source)
             # What the function took is a tensor of its own; backward runs through the module's.
             tap.recording.end_place(output)
 
@@ -157,7 +159,7 @@ class Hooks:
                 tap: Listener, _module: nn.Module, args: Any, _kwargs: Any, _output: Any, number: int = number
             ) -> None:
                 for each, tokens in decoder.mask_tokens(number, args[0]):
-                    tap.recording.add_tokens(each, tokens, decoder.n_tokens)
+                    tap.recording.add_tokens(each, tokens, decoder.n_tokens, args[0])
                 tap.recording.watch(args[0])
 
             self.before(module, add)
@@ -237,6 +239,13 @@ def drop_hooks_of_copied_taps(model: nn.Module) -> None:
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def _source(value: Tensor, output: Any) -> Tensor:
+    """Return the tensor of a module's output that a value is or is a view of, or else any: it was computed from it."""
+    known = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+    same = [leaf for leaf in known if leaf is value]
+    return (same or [leaf for leaf in known if storage_of(leaf) == storage_of(value)] or [*known, value])[0]
 
 
 def _requires_grad(value: Any) -> bool:

@@ -180,14 +180,19 @@ class Recording:
             return
         self._open_call(image_features, with_gradient, decoder, layout)
 
-    def begin_place(self, image_features: Tensor) -> None:
+    def begin_place(self, image_features: Tensor, source: Tensor | None = None) -> None:
         """Begin a call whose image features the user named; whether it has gradient is for its tokens to say."""
         self._drop_differentiated()
         if not self._in_validation():
-            self._open_call(image_features, True)
+            self._open_call(image_features, True, source=source)
 
-    def add_tokens(self, number: int | None, tokens: Tensor, n_tokens: int | None = None) -> None:
-        """Add mask token ``number``, or the next of ``n_tokens``, of the open call: ``[..., d]``, a row a sample."""
+    def add_tokens(
+        self, number: int | None, tokens: Tensor, n_tokens: int | None = None, source: Tensor | None = None
+    ) -> None:
+        """Add mask token ``number``, or the next of ``n_tokens``, of the open call: ``[..., d]``, a row a sample.
+
+        ``source`` is the tensor of the model that they were taken from.
+        """
         if self._open is None:
             self.ran_past_its_call |= not self._in_validation() and self._with_gradient()
             return
@@ -195,7 +200,7 @@ class Recording:
         if not groups or (number is None and n_tokens is not None and len(groups[-1]) >= n_tokens):
             groups.append({})
         number = len(groups[-1]) if number is None else number
-        held = hold(tokens)
+        held = hold(tokens, source)
         if number in groups[-1]:
             if are_one(groups[-1][number], held):
                 return
@@ -287,9 +292,14 @@ class Recording:
             )
 
     def _open_call(
-        self, image_features: Tensor, with_gradient: bool, decoder: str = "", layout: tuple[int, int] | None = None
+        self,
+        image_features: Tensor,
+        with_gradient: bool,
+        decoder: str = "",
+        layout: tuple[int, int] | None = None,
+        source: Tensor | None = None,
     ) -> None:
-        image = hold(image_features)
+        image = hold(image_features, source)
         known = next((call.image for call in self.calls if are_one(call.image, image)), image)
         self._open = DecoderCall(decoder, known, with_gradient, layout, prompts=self._prompts)
         self._prompts = []

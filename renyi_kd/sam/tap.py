@@ -306,13 +306,12 @@ class Tap:
                 "tap: the mask decoder must have the hypernetworks that it was tapped with, got others; tap the model "
                 "again after modules were replaced, as by peft's modules_to_save"
             )
-        image_features, mask_tokens, image_index = features_of_calls(
-            recording.calls, self._settings.decoder_loops_over_images
-        )
-        if image_features.is_inference() and not torch.is_inference_mode_enabled():
+        features = features_of_calls(recording.calls, self._settings.decoder_loops_over_images)
+        if features.image_features.is_inference() and not torch.is_inference_mode_enabled():
             # Autograd cannot save an inference tensor for backward.
-            image_features, mask_tokens = image_features.clone(), mask_tokens.clone()
-        return SAMFeatures(image_features, mask_tokens, image_index), recording
+            image_features, mask_tokens = features.image_features.clone(), features.mask_tokens.clone()
+            return SAMFeatures(image_features, mask_tokens, features.image_index), recording
+        return features, recording
 
     def _check_open(self) -> None:
         if not self._hooks:

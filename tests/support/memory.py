@@ -20,16 +20,21 @@ def living() -> tuple[int, int]:
 
 
 class LargestNewTensor(TorchDispatchMode):
-    """Record the bytes of the largest storage that an operation allocated."""
+    """Record the bytes of every storage that an operation allocated."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.sizes: list[int] = []
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the largest."""
+        return max(self.sizes, default=0)
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+                self.sizes.append(t.untyped_storage().nbytes())
         return result

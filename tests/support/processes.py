@@ -298,6 +298,26 @@ def global_batch_of_two_dtypes(rank: int) -> Any:
     return infosam_terms(relation_module(), parts[0], in_training(parts[1]), global_batch=True)
 
 
+def share_of_all_processes(rank: int) -> Any:
+    """Return the weights of three steps, where each process has features and a task of its own."""
+    infosam_loss = InfoSAMLoss(12, gradient_share=0.1).double()
+    wrapped = ddp(infosam_loss)
+    teacher, student = part(0, seed=0, image_index=[0, 1]), in_training(part(0, seed=10 + rank, image_index=[0, 1]))
+    weights = []
+    for step in range(3):
+        loss = wrapped(teacher, student)
+        weights.append(infosam_loss.scalars()["weight"])
+        (loss + task_of_a_process(rank, student)).backward()
+        if step == 1 and rank == 0:
+            # As where only the first process writes checkpoints.
+            infosam_loss.state_dict()
+    return weights
+
+
+def task_of_a_process(rank: int, student: SAMFeatures) -> Tensor:
+    return (1 + 9 * rank) * (student.image_features.mean() + student.mask_tokens.mean())
+
+
 # Of the samples of each process.
 SAMPLE_WEIGHTS = [[0.25], [1.0, 0.0, 0.6]]
 
@@ -379,6 +399,7 @@ CHECKS = (
     global_batch_with_gradient_in_one_process,
     global_batch_without_gradient,
     bank_over_the_global_batch,
+    share_of_all_processes,
     one_sample_of_a_process_without_the_global_batch,
     global_batch_of_two_sizes,
     global_batch_of_two_dtypes,

@@ -8,6 +8,7 @@ False
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.segmentation.distillers.attention import IBD, SemCKD
 from benchmarks.segmentation.distillers.base import Distiller, NoDistillation
@@ -21,6 +22,10 @@ __all__ = ["DISTILLERS", "Distiller", "InfoSAM", "make", "needs_layers"]
 
 # With those of a batch of 4, sixteen samples a step.
 BANK_SIZE = 12
+# Of the task's gradient.
+SHARE = 0.1
+# The module as it was initialised, and each sample's relation compared with the teacher's of the same sample.
+FROZEN_PAIRS: dict[str, Any] = {"distillation": "jensen_renyi", "lambda_r": 0.0, "lambda_d": 1.0}
 
 # Of the width of the decoder and the channels of the encoder's stages.
 _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
@@ -43,6 +48,16 @@ _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "infosam_detached": lambda dim, layers: InfoSAM(seeded_loss(dim, detach_teacher_relation=True)),
     "infosam_bank": lambda dim, layers: InfoSAM(seeded_loss(dim, bank_size=BANK_SIZE)),
     "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(seeded_loss(dim, distillation="cauchy_schwarz")),
+    "infosam_debiased": lambda dim, layers: InfoSAM(seeded_loss(dim, distillation="debiased")),
+    "infosam_jensen_renyi": lambda dim, layers: InfoSAM(seeded_loss(dim, **FROZEN_PAIRS)),
+    "infosam_share": lambda dim, layers: InfoSAM(seeded_loss(dim, gradient_share=SHARE)),
+    "infosam_cauchy_schwarz_share": lambda dim, layers: InfoSAM(
+        seeded_loss(dim, distillation="cauchy_schwarz", gradient_share=SHARE)
+    ),
+    "infosam_debiased_share": lambda dim, layers: InfoSAM(
+        seeded_loss(dim, distillation="debiased", gradient_share=SHARE)
+    ),
+    "infosam_jensen_renyi_share": lambda dim, layers: InfoSAM(seeded_loss(dim, **FROZEN_PAIRS, gradient_share=SHARE)),
     "mobilesam_relation": lambda dim, layers: WithRelation(MobileSAM(), dim),
     "tinysam_relation": lambda dim, layers: WithRelation(TinySAM(), dim),
 }

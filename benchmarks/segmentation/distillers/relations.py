@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from benchmarks.segmentation.distillers.base import Distiller
 from benchmarks.segmentation.observation import Observation
-from renyi_kd import InfoSAMLoss, InfoSAMTerms, SAMFeatures
+from renyi_kd import InfoSAMLoss, SAMFeatures
 
 
 def seeded_loss(dim: int, **settings: Any) -> InfoSAMLoss:
@@ -26,28 +26,24 @@ class InfoSAM(Distiller):
     ICML 2025, arXiv 2505.21920.
 
     Attributes:
-        infosam: the loss, with its relation module and ``diagnostics()``.
-        terms: of the last step, without gradient; None before it.
+        infosam: the loss, with its relation module and ``scalars()``.
 
     """
 
     def __init__(self, infosam: InfoSAMLoss) -> None:
         super().__init__()
         self.infosam = infosam
-        self.terms: InfoSAMTerms | None = None
+        self._made_a_step = False
 
     def loss(self, teacher: Observation, student: Observation, batch: Mapping[str, Tensor]) -> Tensor:
         """Return lambda_r L_r + lambda_d L_d."""
-        terms = self.infosam.terms(teacher.features, student.features)
-        self.terms = InfoSAMTerms(*(term.detach() for term in terms))
-        return terms.loss
+        self._made_a_step = True
+        loss: Tensor = self.infosam(teacher.features, student.features)
+        return loss
 
     def state(self) -> dict[str, float]:
-        """Return both terms in bits, and the similarities and entropies of the relations; empty before a step."""
-        if self.terms is None:
-            return {}
-        terms = {"compression": self.terms.compression.item(), "distillation": self.terms.distillation.item()}
-        return {**terms, **_diagnostics(self.infosam)}
+        """Return terms, similarities, entropies and the share of the gradient in the last step; empty before one."""
+        return self.infosam.scalars() if self._made_a_step else {}
 
 
 class WithRelation(Distiller):

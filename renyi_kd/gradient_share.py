@@ -1,0 +1,125 @@
+"""How large the gradient of the loss is beside the task's, where the loss reads the student; without a second backward.
+
+The loss reads aliases of the student's tensors. A hook on an alias sees the gradient of the loss alone, one on the
+tensor the total, and their difference is the task's. At the mask tokens that is exact. The image features lie before
+the decoder: what the loss sends back to them through tokens and decoder arrives with the task's gradient, and counts as
+the task's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from renyi_kd.sam.reads import Read, Reads
+
+# Of a map so many rows are looked at, or up to twice as many; all of one with fewer than 16. To look at all of a large
+# map would cost a tenth of the loss.
+_ROWS = 8
+_PLACES = ("image_features", "mask_tokens")
+
+
+class GradientShare(NamedTuple):
+    """The norm of the loss's gradient over that of the task's, each ``[]`` without gradient.
+
+    Attributes:
+        image_features: at the image features; None before a backward, and where they get no gradient.
+        mask_tokens: likewise, at the mask tokens.
+
+    """
+
+    image_features: Tensor | None = None
+    mask_tokens: Tensor | None = None
+
+
+class GradientMeasurement:
+    """What the backward of one step tells of both gradients; holds sums, and no tensor of the step.
+
+    Args:
+        reads: the tensors that the loss reads, with their aliases.
+
+    """
+
+    def __init__(self, reads: Reads) -> None:
+        self._squares: dict[str, Tensor] = {}
+        for each in reads.image_features:
+            self._watch("image_features", each, _some_rows)
+        for each in reads.mask_tokens:
+            self._watch("mask_tokens", each, _all)
+
+    @property
+    def squares(self) -> Tensor | None:
+        """Sums of squares ``[2, 2]``: of image features and mask tokens, the loss's and the task's; None before any."""
+        if not self._squares:
+            return None
+        nothing = next(iter(self._squares.values())).new_zeros(2)
+        return torch.stack([self._squares.get(place, nothing) for place in _PLACES])
+
+    def share(self) -> GradientShare:
+        """Return the shares, inf where the task has no gradient."""
+        squares = (self._squares.get(place) for place in _PLACES)
+        return GradientShare(*(None if pair is None else (pair[0] / pair[1]).sqrt() for pair in squares))
+
+    def _watch(self, place: str, read: Read, looked_at: Callable[[Tensor], Tensor]) -> None:
+        between = _Between(self, place, read, looked_at)
+        read.alias.register_hook(between.keep)  # type: ignore[no-untyped-call]
+        if not read.source.is_leaf:
+            read.source.register_hook(between.compare)  # type: ignore[no-untyped-call]
+            return
+        # A leaf outlives the step, and would keep every step's hook.
+        alive = weakref.ref(between)
+
+        def compare(total: Tensor) -> None:
+            kept = alive()
+            if kept is not None:
+                kept.compare(total)
+
+        weakref.finalize(between, read.source.register_hook(compare).remove)  # type: ignore[no-untyped-call]
+
+    def _add(self, place: str, own: Tensor, task: Tensor) -> None:
+        squares = torch.stack([torch.linalg.vector_norm(own), torch.linalg.vector_norm(task)]).square()
+        before = self._squares.get(place)
+        self._squares[place] = squares if before is None else before + squares
+
+
+class _Between:
+    """Keeps the loss's own gradient from the hook of an alias to that of its source, which comes later."""
+
+    def __init__(
+        self, measurement: GradientMeasurement, place: str, read: Read, looked_at: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._measurement = measurement
+        self._place = place
+        self._part = read.part
+        self._looked_at = looked_at
+        self._own: Tensor | None = None
+
+    def keep(self, own: Tensor) -> None:
+        with torch.no_grad():
+            # A copy, as autograd adds the task's gradient to it in place.
+            self._own = self._looked_at(own).to(_at_least_single(own), copy=True)
+
+    def compare(self, total: Tensor) -> None:
+        own, self._own = self._own, None
+        with torch.no_grad():
+            looked_at = self._looked_at(total if self._part is None else self._part.of(total))
+            # Where the loss is differentiated apart from the task there is none of its own here.
+            own = torch.zeros_like(looked_at, dtype=_at_least_single(total)) if own is None else own
+            self._measurement._add(self._place, own, looked_at - own)
+
+
+def _some_rows(gradient: Tensor) -> Tensor:
+    step = max(1, gradient.shape[2] // _ROWS)
+    return gradient[:, :, step // 2 :: step]
+
+
+def _all(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _at_least_single(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)

@@ -1,0 +1,122 @@
+"""A weight of the loss that follows its measured share of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from renyi_kd.gradient_share import GradientMeasurement
+from renyi_kd.samples.processes import n_processes
+
+# Of the step before which nothing was measured: next to no effect, and enough to be measured in every dtype.
+FIRST_WEIGHT = 2.0**-10
+# A mean over about ten steps.
+_NEWEST = 0.1
+# In so many steps the host waits, to say that there is no task loss.
+_CHECKED_STEPS = 3
+# Losses that were never differentiated; more than a step would compute.
+_MOST_WAITING = 256
+
+
+class ShareControl(nn.Module):
+    """The weight at which the loss has a given share of the task's gradient, by the share of earlier steps.
+
+    With u the share that the loss had in a step, divided by its weight there, and a mean of u over earlier steps that
+    forgets those long past, the weight is ``share / mean(u)``. Of the shares at image features and mask tokens the
+    larger counts. A step that measures nothing finite and positive moves nothing. Everything stays on the device; in
+    several processes their sums are added, so that all have one weight.
+
+    Args:
+        share: of the task's gradient, in (0, 10].
+
+    """
+
+    mean: Tensor
+    n_steps: Tensor
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("n_steps", torch.zeros(()))
+        # Of this process alone, and so no buffer, which DDP would take from the first process.
+        self._squares = torch.zeros(2, 2)
+        self._waiting: list[tuple[GradientMeasurement, Tensor]] = []
+        self._n_checked = 0
+
+    def weight(self) -> Tensor:
+        """Return the weight, ``[]`` without gradient."""
+        return torch.where(self.n_steps == 0, torch.full_like(self.mean, FIRST_WEIGHT), self.share / self.mean)
+
+    def next_weight(self) -> Tensor:
+        """Return the weight of a step with gradient, which follows what was measured before.
+
+        Raises:
+            RuntimeError: in the first steps the task has had no gradient where the loss has.
+
+        """
+        measured = self.collect()
+        squares = self._squares.to(self.mean)
+        self._squares = torch.zeros_like(squares)
+        if n_processes() > 1:
+            distributed.all_reduce(squares)
+        if measured and self._n_checked < _CHECKED_STEPS:
+            self._check_task(squares)
+        own, task = squares.unbind(1)
+        share = (own / task).sqrt()
+        share = torch.where(share.isfinite(), share, torch.zeros_like(share)).amax()
+        # A step is judged whole: where one of its gradients overflowed, none of them counts.
+        moves = (share > 0) & squares.isfinite().all()
+        self.n_steps += moves
+        newest = (1 / self.n_steps.clamp_min(1)).clamp_min(_NEWEST)
+        self.mean += torch.where(moves, newest * (share - self.mean), torch.zeros_like(share))
+        return self.weight()
+
+    def follow(self, measurement: GradientMeasurement, weight: Tensor) -> None:
+        """Let a step count whose loss had this weight, once backward has run through it."""
+        self._waiting = [*self._waiting[1 - _MOST_WAITING :], (measurement, weight)]
+
+    def collect(self) -> bool:
+        """Add what the backward passes since the last time have measured; return whether there was any."""
+        waiting, self._waiting = self._waiting, []
+        for measurement, weight in waiting:
+            squares = measurement.squares
+            if squares is None:
+                self._waiting.append((measurement, weight))
+            else:
+                ones = torch.ones_like(weight)
+                self._squares = (
+                    self._squares.to(self.mean) + squares.to(self.mean) / torch.stack([weight, ones]).square()
+                )
+        return len(self._waiting) < len(waiting)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the last step has measured, which is part of the state."""
+        self.collect()
+        return self._squares
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on where another run was."""
+        self._squares, self._waiting = state.clone(), []
+
+    def _check_task(self, squares: Tensor) -> None:
+        own, task = squares.amax(0).tolist()
+        if task > 0:
+            # From here on a step without a gradient of the task is one that moves nothing.
+            self._n_checked = _CHECKED_STEPS
+        elif own > 0 and task == 0:
+            self._n_checked += 1
+            if self._n_checked == _CHECKED_STEPS:
+                raise RuntimeError(
+                    "InfoSAMLoss: gradient_share must have a task loss to be a share of, got "
+                    f"{_CHECKED_STEPS} steps in which the student's features had no gradient but that of InfoSAM; add "
+                    "both losses and call backward once on the sum, or leave gradient_share out"
+                )
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        # A copy begins with what was measured, not with graphs that are under way.
+        self.collect()
+        return {**self.__dict__, "_waiting": []}

@@ -1,0 +1,188 @@
+"""The weight that follows the share: what it reaches, what moves it, what it refuses, and that it survives."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from renyi_kd import InfoSAMLoss, SAMFeatures
+from renyi_kd.objective import Distillation
+from tests.support import in_training, randn, sam_features
+
+DIM = 12
+FIRST_WEIGHT = 2.0**-10
+SLOPES = SAMFeatures(randn(4, DIM, 5, 7, seed=30), randn(4, 1, DIM, seed=31))
+
+
+def task_of(student: SAMFeatures, scale: float = 1.0) -> Tensor:
+    """Return a task loss whose gradient is known: ``scale`` times the slopes, of norm 1 each."""
+    pairs = zip(student[:2], SLOPES[:2], strict=True)
+    return scale * sum((value * slope / slope.norm()).sum() for value, slope in pairs)
+
+
+def share_of(infosam: InfoSAMLoss) -> float:
+    """Return the larger of the shares of the last step."""
+    state = infosam.diagnostics()
+    return max(state.image_features_share.item(), state.mask_tokens_share.item())
+
+
+def steps(infosam: InfoSAMLoss, n: int, *, scale: float = 1.0, first: int = 0, rate: float = 0.0) -> list[float]:
+    """Train for some steps, each on features of its own, and return the share of each."""
+    shares = []
+    for seed in range(first, first + n):
+        student = in_training(sam_features(seed=100 + seed))
+        loss = infosam(sam_features(seed=1000 + seed), student)
+        (loss + task_of(student, scale)).backward()
+        shares.append(share_of(infosam))
+    return shares
+
+
+@pytest.mark.parametrize("form", get_args(Distillation))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("target", [0.03, 1.0])
+def test_share_is_what_was_asked_for_whatever_the_scale_of_the_task(form, scale, target):
+    infosam = InfoSAMLoss(DIM, distillation=form, gradient_share=target)
+    shares = steps(infosam, 40, scale=scale)
+    # Its own gradient differs from batch to batch; in the mean it is what was asked for.
+    assert sum(shares[10:]) / 30 == pytest.approx(target, rel=0.1)
+    assert max(shares[5:]) < 5 * target
+
+
+def test_share_is_exact_where_both_gradients_stay():
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
+    weights = []
+    for _ in range(3):
+        terms = infosam.terms(teacher, student)
+        (terms.loss + task_of(student)).backward()
+        weights.append(infosam.scalars()["weight"])
+        ratio = terms.loss / (terms.compression + 0.5 * terms.distillation)
+        assert ratio.item() == pytest.approx(weights[-1], rel=1e-5)
+    assert share_of(infosam) == pytest.approx(0.1, rel=1e-4)
+    assert weights[0] == FIRST_WEIGHT
+    assert weights[1] == pytest.approx(weights[2], rel=1e-5)
+
+
+def test_first_step_has_next_to_no_effect():
+    plain, controlled = InfoSAMLoss(DIM), InfoSAMLoss(DIM, gradient_share=0.1)
+    teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
+    assert controlled(teacher, student).item() == pytest.approx(FIRST_WEIGHT * plain(teacher, student).item(), rel=1e-5)
+    assert plain.gradient_share is None
+    assert controlled.gradient_share == 0.1
+
+
+def test_terms_keep_the_ratio_of_their_weights():
+    infosam = InfoSAMLoss(DIM, lambda_r=0.3, lambda_d=1.7, gradient_share=0.1)
+    steps(infosam, 3)
+    terms = infosam.terms(sam_features(seed=0), in_training(sam_features(seed=10)))
+    weight = infosam.scalars()["weight"]
+    expected = weight * (0.3 * terms.compression + 1.7 * terms.distillation)
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_factor_before_the_loss_has_no_effect():
+    shares = []
+    for factor in (1.0, 100.0):
+        infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+        teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
+        for _ in range(2):
+            (factor * infosam(teacher, student) + task_of(student)).backward()
+        shares.append(share_of(infosam))
+    assert shares == pytest.approx([0.1, 0.1], rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["nan in the loss", "overflow", "no task", "no loss", "no backward", "no gradient"])
+def test_a_step_that_tells_nothing_moves_nothing(what):
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    steps(infosam, 4)
+    infosam(sam_features(seed=0), in_training(sam_features(seed=10)))
+    before = infosam.scalars()["weight"]
+    student = in_training(sam_features(seed=10))
+    if what == "no gradient":
+        with torch.no_grad():
+            infosam(sam_features(seed=0), student)
+    else:
+        loss = infosam(sam_features(seed=0), student)
+        if what == "nan in the loss":
+            (math.nan * loss + task_of(student)).backward()
+        elif what == "overflow":
+            (loss + task_of(student, math.inf)).backward()
+        elif what == "no task":
+            loss.backward()
+        elif what == "no loss":
+            (0 * loss + task_of(student)).backward()
+    infosam(sam_features(seed=0), in_training(sam_features(seed=10)))
+    assert infosam.scalars()["weight"] == before
+
+
+def test_losses_of_one_step_count_together():
+    """Two losses before one backward, as with images from outside of the task."""
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    for seed in range(4):
+        students = [in_training(sam_features(seed=100 * n + seed)) for n in range(2)]
+        losses = [infosam(sam_features(seed=1000 + n), student) for n, student in enumerate(students)]
+        weights = losses[0].item(), losses[1].item()
+        (sum(losses) + sum(task_of(student) for student in students)).backward()
+    assert all(math.isfinite(weight) for weight in weights)
+    assert share_of(infosam) == pytest.approx(0.1, rel=0.5)
+
+
+def test_no_task_in_the_graph_is_refused_after_three_steps():
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    for _ in range(3):
+        infosam(sam_features(seed=0), in_training(sam_features(seed=10))).backward()
+    with pytest.raises(RuntimeError, match="InfoSAMLoss: gradient_share must have a task loss to be a share of, got 3"):
+        infosam(sam_features(seed=0), in_training(sam_features(seed=10)))
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 10.1, math.inf, math.nan, "0.1", True])
+def test_gradient_share_must_be_a_share(value):
+    with pytest.raises(ValueError, match=r"InfoSAMLoss: gradient_share must lie in \(0, 10\], got"):
+        InfoSAMLoss(DIM, gradient_share=value)
+
+
+def test_compiled_loss_is_refused():
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    compiled = torch.compile(infosam, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="gradient_share must be measured outside of torch.compile"):
+        compiled(sam_features(seed=0), in_training(sam_features(seed=10)))
+
+
+# What survives.
+
+
+def through_a_file(infosam: InfoSAMLoss) -> InfoSAMLoss:
+    file = io.BytesIO()
+    torch.save(infosam.state_dict(), file)
+    file.seek(0)
+    resumed = InfoSAMLoss(DIM, gradient_share=0.1)
+    resumed.load_state_dict(torch.load(file))
+    return resumed
+
+
+@pytest.mark.parametrize("again", [through_a_file, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_a_resumed_run_goes_on_bit_for_bit(again):
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    steps(infosam, 5)
+    resumed = again(infosam)
+    assert steps(resumed, 5, first=5) == steps(infosam, 5, first=5)
+
+
+def test_the_state_dict_is_as_before_without_a_share():
+    names = InfoSAMLoss(DIM).state_dict().keys()
+    assert all(name.startswith("relation.") for name in names)
+    assert InfoSAMLoss(DIM, gradient_share=0.1).state_dict().keys() - names == {
+        f"share_control.{name}" for name in ("_extra_state", "mean", "n_steps")
+    }
+
+
+def test_repr_names_the_share():
+    assert "gradient_share=0.25" in repr(InfoSAMLoss(DIM, gradient_share=0.25))
+    assert "gradient_share" not in repr(InfoSAMLoss(DIM))
