@@ -246,6 +246,28 @@ def test_share_of_places_that_were_named(image, text, known):
         assert state.mask_tokens_share is state.image_features_share is None
 
 
+@pytest.mark.parametrize("name", ["whole", "part"])
+def test_share_of_a_view_that_has_others_beside_it(name):
+    class Text(nn.Linear):
+        def forward(self, text: Tensor) -> dict[str, Tensor]:
+            whole = super().forward(text)
+            return {"beside": whole[:, DIM:], "part": whole[:, : 2 * DIM], "whole": whole}
+
+    class Towers(TwoTowers):
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            return self.image(image).mean((2, 3)) * self.text(text)[name][:, :DIM]
+
+    model, outputs = Towers(), []
+    model.text = Text(5, 3 * DIM)
+    student = tap(model, image_features="image", mask_tokens=("text", lambda output: output[name][:, :DIM]))
+    model.text.register_forward_hook(lambda _module, _args, output: outputs.append(output[name]))
+    task = task_of(student(randn(4, 3, 32, 32, seed=1), randn(4, 5, seed=2)))
+    terms = InfoSAMLoss(DIM).terms(teacher_of(4, 4, n_tokens=1), student)
+    (terms.loss + task).backward(retain_graph=True)
+    share = terms.diagnostics().mask_tokens_share.item()
+    assert share == pytest.approx(share_of_tokens(terms.loss, task, outputs), rel=1e-4)
+
+
 # In every kind of loop.
 
 

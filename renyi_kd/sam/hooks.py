@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.sam.inputs import argument_names, seen
-from renyi_kd.sam.memory import is_fake, leaves, storage_of
+from renyi_kd.sam.memory import is_fake, leaves
 from renyi_kd.sam.module_paths import Place, modules_at, plain, taken
 from renyi_kd.sam.parts import Decoder, image_encoder_of, prompt_encoder_of
+from renyi_kd.sam.reads import is_view_of
 from renyi_kd.sam.recording import Recording
 
 # Of the tap, the module, its args, its kwargs and its output.
@@ -245,7 +246,7 @@ def _source(value: Tensor, output: Any) -> Tensor:
     """Return the tensor of a module's output that a value is or is a view of, or else any: it was computed from it."""
     known = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
     same = [leaf for leaf in known if leaf is value]
-    return (same or [leaf for leaf in known if storage_of(leaf) == storage_of(value)] or [*known, value])[0]
+    return (same or [leaf for leaf in known if is_view_of(value, leaf)] or [*known, value])[0]
 
 
 def _requires_grad(value: Any) -> bool:

@@ -102,9 +102,20 @@ def read(value: Tensor, source: Tensor | None = None) -> tuple[Tensor, Read | No
     alias = value.view_as(value)
     if source is None or source is value:
         return alias, Read(value, alias)
-    if storage_of(source) != storage_of(value):
-        # It was computed from the source: no part of a gradient of that is its own.
+    if not is_view_of(value, source):
+        # No part of a gradient of that is its own.
         return alias, None
     offset = int(value.storage_offset() - source.storage_offset())
     part = Part(source.shape, source.stride(), value.shape, value.stride(), offset)
     return alias, Read(source, alias, part)
+
+
+def is_view_of(value: Tensor, source: Tensor) -> bool:
+    """Return whether the graph leads from a tensor to a source in the same memory by operations of one input."""
+    node: Any = value.grad_fn if storage_of(source) == storage_of(value) else None
+    while node is not None:
+        if node is source.grad_fn or getattr(node, "variable", None) is source:
+            return True
+        before = node.next_functions
+        node = before[0][0] if len(before) == 1 else None
+    return False
