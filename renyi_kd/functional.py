@@ -87,7 +87,8 @@ def infosam_terms(
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         sample_weight: ``[s]``, on the device of the features, not negative: w_i of ``"jensen_renyi"``, such as the
             teacher's IoU with the truth, so that a wrong teacher is not followed. The mean is over the number of
-            samples, not over the sum of weights: a batch of bad teachers counts less, and a single one at all.
+            samples, not over the sum of weights, so that weights matter in a batch of one. Zeros for all samples give
+            L_d = 0, which ``check_finite`` refuses.
         global_batch: whether the loss is that of the samples of all processes of the default group together. Each has
             samples of its own, of which a single one will do, and calls the loss as often as the others, in validation
             too. Right where gradients are averaged over these processes, those of the relation module too, as DDP and
@@ -102,10 +103,10 @@ def infosam_terms(
         TypeError: a feature or ``sample_weight`` is not a floating-point tensor.
         ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples
             where the form compares them, nothing of the student requires grad (while gradients are on), an argument is
-            out of its range, there are weights in another form than ``"jensen_renyi"``, or, under ``check_finite``, a
-            feature is not finite or weights are negative or all zero, which of weights on the CPU is always seen. Under
-            ``global_batch``, features of teacher and student that do not fit each other raise in every process; an
-            error before that leaves the others waiting, as in DDP.
+            out of its range, there are weights in another form than ``"jensen_renyi"`` or negative ones, or, under
+            ``check_finite``, a feature is not finite or all weights are zero. Weights on another device than the CPU
+            are looked at under ``check_finite`` alone. Under ``global_batch``, features of teacher and student that do
+            not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
 
     Cost: four reads of each map and one write of the student's; see ``ops``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
@@ -180,7 +181,7 @@ def check_sample_weight(
     Raises:
         TypeError: they are not a floating-point tensor.
         ValueError: the form has none, they are not one per sample on the features' device, or their values are out of
-            range: looked at where that waits for no device, and under ``check_finite``.
+            range.
 
     """
     if weight is None:
@@ -209,9 +210,12 @@ def check_sample_weight(
     if torch.compiler.is_compiling() or not (check_finite or weight.device.type == "cpu"):
         return
     values = weight.detach()
-    # Both also where a weight is NaN.
-    if not bool((values >= 0).all() & values.isfinite().all() & (values > 0).any()):
+    if not bool(((values >= 0) & values.isfinite()).all()):
         raise ValueError(
-            f"{function}: sample_weight must be finite, not negative, and not zero for all samples, got "
-            f"{values.tolist()}; leave the loss out of a step whose teacher is wrong on every sample"
+            f"{function}: sample_weight must be finite and not negative, got {values.tolist()}; 0 leaves a sample out"
+        )
+    if check_finite and not bool((values > 0).any()):
+        raise ValueError(
+            f"{function}: sample_weight must be above 0 for some sample under check_finite, got {values.tolist()}; "
+            "leave the loss out of a step whose teacher is wrong on every sample"
         )

@@ -60,25 +60,24 @@ class GradientMeasurement:
         return torch.stack([self._squares.get(place, nothing) for place in _PLACES])
 
     def share(self) -> GradientShare:
-        """Return the shares, inf where the task has no gradient."""
-        squares = (self._squares.get(place) for place in _PLACES)
-        return GradientShare(*(None if pair is None else (pair[0] / pair[1]).sqrt() for pair in squares))
+        """Return the shares, inf where the task alone has no gradient, and 0 where the loss has none."""
+        return GradientShare(*(_ratio(self._squares.get(place)) for place in _PLACES))
 
     def _watch(self, place: str, read: Read, looked_at: Callable[[Tensor], Tensor]) -> None:
-        between = _Between(self, place, read, looked_at)
-        read.alias.register_hook(between.keep)  # type: ignore[no-untyped-call]
+        own = _OwnGradient(self, place, read, looked_at)
+        read.alias.register_hook(own.keep)  # type: ignore[no-untyped-call]
         if not read.source.is_leaf:
-            read.source.register_hook(between.compare)  # type: ignore[no-untyped-call]
+            read.source.register_hook(own.compare)  # type: ignore[no-untyped-call]
             return
         # A leaf outlives the step, and would keep every step's hook.
-        alive = weakref.ref(between)
+        alive = weakref.ref(own)
 
-        def compare(total: Tensor) -> None:
+        def compare(total: Tensor | None) -> None:
             kept = alive()
             if kept is not None:
                 kept.compare(total)
 
-        weakref.finalize(between, read.source.register_hook(compare).remove)  # type: ignore[no-untyped-call]
+        weakref.finalize(own, read.source.register_hook(compare).remove)  # type: ignore[no-untyped-call]
 
     def _add(self, place: str, own: Tensor, task: Tensor) -> None:
         squares = torch.stack([torch.linalg.vector_norm(own), torch.linalg.vector_norm(task)]).square()
@@ -86,7 +85,7 @@ class GradientMeasurement:
         self._squares[place] = squares if before is None else before + squares
 
 
-class _Between:
+class _OwnGradient:
     """Keeps the loss's own gradient from the hook of an alias to that of its source, which comes later."""
 
     def __init__(
@@ -97,19 +96,35 @@ class _Between:
         self._part = read.part
         self._looked_at = looked_at
         self._own: Tensor | None = None
+        self._is_leaf = read.source.is_leaf
+        self._over = False
 
-    def keep(self, own: Tensor) -> None:
+    # Autograd hands None to a hook where nothing comes back, as at an output of a split that only others are read of.
+    def keep(self, own: Tensor | None) -> None:
+        if own is None:
+            return
         with torch.no_grad():
             # A copy, as autograd adds the task's gradient to it in place.
             self._own = self._looked_at(own).to(_at_least_single(own), copy=True)
 
-    def compare(self, total: Tensor) -> None:
+    def compare(self, total: Tensor | None) -> None:
         own, self._own = self._own, None
+        if total is None or (own is None and self._over):
+            return
+        # A leaf may be read again, and what comes to it then is of a later step.
+        self._over = self._is_leaf and own is not None
         with torch.no_grad():
             looked_at = self._looked_at(total if self._part is None else self._part.of(total))
-            # Where the loss is differentiated apart from the task there is none of its own here.
+            # Where the task is differentiated before the loss there is none of its own yet.
             own = torch.zeros_like(looked_at, dtype=_at_least_single(total)) if own is None else own
             self._measurement._add(self._place, own, looked_at - own)
+
+
+def _ratio(squares: Tensor | None) -> Tensor | None:
+    if squares is None:
+        return None
+    own, task = squares
+    return torch.where(own == 0, own, own / task).sqrt()
 
 
 def _some_rows(gradient: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.functional import check_sample_weight, relation_terms
 from renyi_kd.gradient_share import GradientMeasurement
+from renyi_kd.gradient_watch import GradientWatch
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
 from renyi_kd.ops.dispatch import Impl, check_impl, resolve
 from renyi_kd.relation import RelationModule, check_start
@@ -118,7 +117,7 @@ class InfoSAMLoss(nn.Module):
         self._last_weight: Tensor | None = None
         self._pair = ModelPair()
         self._comparison = Comparison(compare_inputs)
-        self._gradient_watch = _GradientWatch()
+        self._gradient_watch = GradientWatch()
 
     def forward(
         self,
@@ -154,7 +153,8 @@ class InfoSAMLoss(nn.Module):
 
         Raises:
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
-            RuntimeError: a tap has nothing to give; see :meth:`Tap.take` and :meth:`Tap.observe`.
+            RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; or ``gradient_share``
+                has no task to be a share of, or features that a function computed.
             ValueError: as :func:`infosam_terms`; or teacher and student share what is trained, or saw other images or
                 prompts.
 
@@ -167,10 +167,7 @@ class InfoSAMLoss(nn.Module):
         if not isinstance(student, Tap | SAMFeatures):
             raise TypeError(_not_tapped("student", student))
         if self.share_control is not None and torch.compiler.is_compiling():
-            raise RuntimeError(
-                "InfoSAMLoss: gradient_share must be measured outside of torch.compile, which traces no hooks, got a "
-                "compiled loss; compile the models, and leave the loss as it is"
-            )
+            return _terms_uncompiled(self, teacher, student, batch, sample_weight)
         step = Step(batch)
         # The student first: what it has collected may be stale, and a teacher's forward takes long.
         if isinstance(student, Tap):
@@ -321,6 +318,27 @@ class InfoSAMLoss(nn.Module):
         return f"{settings}, token={self.token!r}, global_batch={self.global_batch}, bank_size={self.bank_size}"
 
 
+def _terms_uncompiled(
+    infosam_loss: InfoSAMLoss,
+    teacher: Teacher | SAMFeatures,
+    student: Tap | SAMFeatures,
+    batch: Any,
+    sample_weight: Tensor | None,
+) -> InfoSAMTerms:
+    """Compute a loss in a compiled step whose share must be measured: neither hooks nor the weight can be traced."""
+    terms = torch.compiler.disable(infosam_loss.terms)  # type: ignore[no-untyped-call]
+    result: InfoSAMTerms = terms(teacher, student, batch, sample_weight=sample_weight)
+    return result
+
+
+# What torch.compiler.disable sets, which here would import the compiler. The reason is what fullgraph=True says.
+_terms_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+_terms_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "InfoSAMLoss: gradient_share must be measured outside of torch.compile, which traces no hooks, got "
+    "fullgraph=True; leave it out, or compile the models and leave the loss as it is"
+)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
@@ -343,30 +361,3 @@ def _not_tapped(name: str, source: object) -> str:
         f"InfoSAMLoss: {name} must be a tap or SAMFeatures, got {type(source).__name__}; "
         f"attach to a model once, before the loop: {name} = tap(model)"
     )
-
-
-class _GradientWatch:
-    """Notices a loop that clears the gradients of the model and not those of the relation module."""
-
-    def __init__(self) -> None:
-        self._before: weakref.ref[Tensor] | None = None
-        self._warned = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _GradientWatch, ()
-
-    def look(self, relation: RelationModule, student: nn.Module) -> None:
-        gradient = relation.key_proj.weight.grad
-        before, self._before = self._before, None if gradient is None else weakref.ref(gradient)
-        # A gradient that was cleared is another tensor in the next step; one that adds up is the same.
-        if self._warned or gradient is None or before is None or before() is not gradient:
-            return
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        if trained and all(parameter.grad is None for parameter in trained):
-            self._warned = True
-            warnings.warn(
-                "InfoSAMLoss: gradients must be cleared in every step, got those of the relation module from the step "
-                "before where the model's were cleared; call infosam_loss.zero_grad() too, or zero_grad() of an "
-                "optimiser that holds both",
-                stacklevel=5,
-            )

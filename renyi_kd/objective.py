@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class InfoSAMTerms(_Terms):
 
     """
 
-    relations: Relations | None
+    relations: Relations | None = None
 
     # No field of the tuple, so that the three can still be unpacked.
     def __new__(
@@ -73,6 +73,10 @@ class InfoSAMTerms(_Terms):
         terms = super().__new__(cls, loss, compression, distillation)
         terms.relations = relations
         return terms
+
+    def _replace(self, **fields: Any) -> InfoSAMTerms:
+        """Return other values of the same step."""
+        return InfoSAMTerms(*super()._replace(**fields), self.relations)
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return the state of the relations in this step and, after its backward, the loss's share of the gradient.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ class ShareControl(nn.Module):
         self._waiting: list[tuple[GradientMeasurement, Tensor]] = []
         self._n_checked = 0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShareControl:
+        before = {"mean": self.mean, "n_steps": self.n_steps}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Squares of gradients over those of weights leave the range of fp16, and nothing would ever move.
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if torch.finfo(moved.dtype).bits < 32:
+                setattr(self, name, value.to(moved.device))
+        return self
+
     def weight(self) -> Tensor:
         """Return the weight, ``[]`` without gradient."""
         return torch.where(self.n_steps == 0, torch.full_like(self.mean, FIRST_WEIGHT), self.share / self.mean)
@@ -69,7 +79,7 @@ class ShareControl(nn.Module):
         share = (own / task).sqrt()
         share = torch.where(share.isfinite(), share, torch.zeros_like(share)).amax()
         # A step is judged whole: where one of its gradients overflowed, none of them counts.
-        moves = (share > 0) & squares.isfinite().all()
+        moves = (share > 0) & squares.isfinite().all() & (_task_of(squares) > 0)
         self.n_steps += moves
         newest = (1 / self.n_steps.clamp_min(1)).clamp_min(_NEWEST)
         self.mean += torch.where(moves, newest * (share - self.mean), torch.zeros_like(share))
@@ -103,7 +113,7 @@ class ShareControl(nn.Module):
         self._squares, self._waiting = state.clone(), []
 
     def _check_task(self, squares: Tensor) -> None:
-        own, task = squares.amax(0).tolist()
+        own, task = torch.stack([squares[:, 0].amax(), _task_of(squares)]).tolist()
         if task > 0:
             # From here on a step without a gradient of the task is one that moves nothing.
             self._n_checked = _CHECKED_STEPS
@@ -112,11 +122,20 @@ class ShareControl(nn.Module):
             if self._n_checked == _CHECKED_STEPS:
                 raise RuntimeError(
                     "InfoSAMLoss: gradient_share must have a task loss to be a share of, got "
-                    f"{_CHECKED_STEPS} steps in which the student's features had no gradient but that of InfoSAM; add "
-                    "both losses and call backward once on the sum, or leave gradient_share out"
+                    f"{_CHECKED_STEPS} steps in which the student's mask tokens had no gradient but that of InfoSAM; "
+                    "add both losses and call backward once on the sum, or leave gradient_share out"
                 )
 
     def __getstate__(self) -> Mapping[str, Any]:
         # A copy begins with what was measured, not with graphs that are under way.
         self.collect()
         return {**self.__dict__, "_waiting": []}
+
+
+def _task_of(squares: Tensor) -> Tensor:
+    """Return the square of the task's gradient, of the mask tokens where the loss reads them.
+
+    At the image features what the loss sends back through the decoder counts as the task's, and comes without any task.
+    """
+    image_features, mask_tokens = squares.unbind()
+    return torch.where(mask_tokens[0] > 0, mask_tokens[1], image_features[1])

@@ -268,6 +268,63 @@ def test_share_of_a_view_that_has_others_beside_it(name):
     assert share == pytest.approx(share_of_tokens(terms.loss, task, outputs), rel=1e-4)
 
 
+class OneOfTwo(nn.Module):
+    """Gives two tensors of one memory, or one tensor whose rows are one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.both = nn.Linear(5, 2 * DIM)
+        self.query = nn.Parameter(randn(1, 3, DIM, seed=5))
+
+    def forward(self, text: Tensor) -> Any:
+        if self.how == "expanded":
+            return self.query.expand(len(text), -1, -1)
+        return self.both(text).chunk(2, -1)
+
+
+class TwoTowersOfParts(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.image = nn.Conv2d(3, DIM, 8, 8)
+        self.text = OneOfTwo(how)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        features, tokens = self.image(image).mean((2, 3)), self.text(text)
+        if self.how == "expanded":
+            return features * tokens[:, 1]
+        return features * (tokens[1] + (5 * tokens[0] if self.how == "both read" else 0))
+
+
+@pytest.mark.parametrize("how", ["both read", "one read", "expanded"])
+def test_share_of_one_of_several_tensors_in_one_memory(how):
+    model = TwoTowersOfParts(how)
+    token = (lambda output: output[:, :1]) if how == "expanded" else (lambda output: output[1][:, None])
+    student = tap(model, image_features="image", mask_tokens=("text", token))
+    infosam, outputs = InfoSAMLoss(DIM), []
+    model.text.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    task = task_of(student(randn(4, 3, 32, 32, seed=1), randn(4, 5, seed=2)))
+    terms = infosam.terms(teacher_of(4, 4, n_tokens=1), student)
+    (terms.loss + task).backward(retain_graph=True)
+    share = terms.diagnostics().mask_tokens_share
+    if how == "expanded":
+        assert share is None
+    else:
+        assert share.item() == pytest.approx(share_of_tokens(terms.loss, task, [outputs[0][1]]), rel=1e-4)
+
+
+def test_a_backward_that_passes_the_loss_by():
+    """Where a tensor gets no gradient at all, autograd gives its hooks none."""
+    student = in_training(sam_features(seed=10, n_tokens=2))
+    read, other = (student.mask_tokens * 1).split(1, 1)
+    infosam = InfoSAMLoss(FEATURES)
+    terms = infosam.terms(sam_features(seed=0), student._replace(mask_tokens=read))
+    task_of(other).backward()
+    assert terms.diagnostics().mask_tokens_share is None
+    assert student.mask_tokens.grad is not None
+
+
 # In every kind of loop.
 
 
@@ -333,15 +390,17 @@ def test_each_step_of_an_accumulation_has_its_own_share():
         assert shares(terms) == pytest.approx(expected, rel=1e-4)
 
 
-def test_losses_that_are_differentiated_apart():
-    student = in_training(sam_features(seed=10))
-    teacher, infosam = sam_features(seed=0), InfoSAMLoss(FEATURES)
-    terms, task = infosam.terms(teacher, student), task_of(student.mask_tokens) + task_of(student.image_features)
-    task.backward(retain_graph=True)
-    assert terms.diagnostics().mask_tokens_share.item() == 0
-    terms.loss.backward(retain_graph=True)
-    share = terms.diagnostics().mask_tokens_share.item()
-    assert share == pytest.approx(share_of_tokens(terms.loss, task, [student.mask_tokens]), rel=1e-4)
+@pytest.mark.parametrize("task_first", [True, False])
+def test_losses_that_are_differentiated_apart(task_first):
+    leaves, infosam = in_training(sam_features(seed=10)), InfoSAMLoss(FEATURES)
+    student = SAMFeatures(2 * leaves.image_features, 2 * leaves.mask_tokens)
+    terms, task = infosam.terms(sam_features(seed=0), student), task_of(student.mask_tokens)
+    order = [task, terms.loss] if task_first else [terms.loss, task]
+    for loss, share in zip(order, [0, None] if task_first else [math.inf, None], strict=True):
+        loss.backward(retain_graph=True)
+        measured = terms.diagnostics().mask_tokens_share.item()
+        assert share is None or measured == share
+    assert measured == pytest.approx(share_of_tokens(terms.loss, task, [student.mask_tokens]), rel=1e-4)
 
 
 def test_no_share_without_gradient():
@@ -350,6 +409,12 @@ def test_no_share_without_gradient():
         terms = infosam.terms(sam_features(seed=0), student)
     assert terms.diagnostics()[5:] == (None, None)
     assert not student.mask_tokens._backward_hooks
+
+
+def test_a_loss_without_gradient_at_the_student_has_none_of_it():
+    infosam, student = InfoSAMLoss(FEATURES, lambda_d=0.0), in_training(sam_features(seed=10))
+    infosam(sam_features(seed=0), student).backward()
+    assert infosam.diagnostics().mask_tokens_share == infosam.diagnostics().image_features_share == 0
 
 
 def test_share_without_a_task_is_infinite():
@@ -373,6 +438,27 @@ def test_nothing_is_kept_alive_after_the_step():
         assert all(reference() is None for reference in references)
 
 
+def test_features_without_gradient_are_free_of_the_graph():
+    model, features = hf_sam(), []
+    kept, student = Kept(model.mask_decoder), tap(model)
+    student(hf_batch(3))
+    taken = student.take()
+    features.append(
+        taken._replace(image_features=taken.image_features.detach(), mask_tokens=taken.mask_tokens.detach())
+    )
+    references = [weakref.ref(value) for value in kept.tokens]
+    kept.maps.clear()
+    kept.tokens.clear()
+    del taken
+    gc.collect()
+    assert all(reference() is None for reference in references)
+    features.append(copy.deepcopy(features[0]))
+    features.append(type(features[0])._make(features[0]))
+    with torch.no_grad():
+        losses = [InfoSAMLoss(DIM)(teacher_of(3, 3), each) for each in features]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_leaves_keep_no_hooks():
     infosam, student = InfoSAMLoss(FEATURES), in_training(sam_features(seed=10))
     for differentiated in (True, False, True):
@@ -383,6 +469,17 @@ def test_leaves_keep_no_hooks():
         gc.collect()
         assert not student.mask_tokens._backward_hooks
         assert not student.image_features._backward_hooks
+
+
+def test_a_leaf_that_is_read_again_leaves_earlier_steps_as_they_were():
+    infosam, student, teacher = InfoSAMLoss(FEATURES), in_training(sam_features(seed=10)), sam_features(seed=0)
+    terms, found = [], []
+    for scale in (1.0, 3.0):
+        terms.append(infosam.terms(teacher, student))
+        (terms[-1].loss + scale * task_of(student.mask_tokens)).backward(retain_graph=True)
+        found.append(terms[-1].diagnostics().mask_tokens_share.item())
+    assert [each.diagnostics().mask_tokens_share.item() for each in terms] == found
+    assert found[0] == pytest.approx(3 * found[1], rel=1e-5)
 
 
 def test_a_loss_on_other_images_touches_nothing_of_the_tasks_step():
@@ -466,3 +563,6 @@ def test_terms_keep_the_diagnostics_of_their_own_step():
     assert second.diagnostics() == infosam.diagnostics() != state
     with pytest.raises(RuntimeError, match="InfoSAMTerms: diagnostics must have the relations of a step, got terms"):
         InfoSAMTerms(*first).diagnostics()
+    with pytest.raises(RuntimeError, match="InfoSAMTerms: diagnostics must have the relations of a step, got terms"):
+        InfoSAMTerms._make(first).diagnostics()
+    assert first._replace(loss=2 * first.loss).diagnostics() == first.diagnostics()

@@ -25,10 +25,12 @@ ALLOWED = {
     "ops": {"objective", "samples", "entropy", "gram"},
     "feature_entropy": {"gram", "ops"},
     "relation": {"ops", "sam"},
+    "gradient_watch": {"relation"},
     "functional": {"objective", "diagnostics", "relation", "samples", "ops", "sam"},
     "teachers": {"sam"},
     "loss": {
-        *("functional", "teachers", "diagnostics", "gradient_share", "share_control", "objective", "relation"),
+        *("functional", "teachers", "diagnostics", "gradient_share", "gradient_watch", "share_control", "objective"),
+        "relation",
         *("samples", "ops", "sam"),
     },
     "plot": set(),

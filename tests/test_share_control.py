@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from renyi_kd import InfoSAMLoss, SAMFeatures
+from renyi_kd import InfoSAMLoss, SAMFeatures, tap
 from renyi_kd.objective import Distillation
 from tests.support import in_training, randn, sam_features
+from tests.support.models import hf_batch, hf_sam
 
 DIM = 12
 FIRST_WEIGHT = 2.0**-10
@@ -68,6 +69,15 @@ def test_share_is_exact_where_both_gradients_stay():
     assert share_of(infosam) == pytest.approx(0.1, rel=1e-4)
     assert weights[0] == FIRST_WEIGHT
     assert weights[1] == pytest.approx(weights[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_in_half_precision_measures_in_single(dtype):
+    plain, half = (InfoSAMLoss(DIM, gradient_share=0.1) for _ in range(2))
+    half.to(dtype)
+    assert steps(half, 6, scale=1e-3) == pytest.approx(steps(plain, 6, scale=1e-3), rel=0.05)
+    before = half.share_control.mean.clone()
+    assert torch.equal(half.half().share_control.mean, before)
 
 
 def test_first_step_has_next_to_no_effect():
@@ -142,6 +152,27 @@ def test_no_task_in_the_graph_is_refused_after_three_steps():
         infosam(sam_features(seed=0), in_training(sam_features(seed=10)))
 
 
+def test_what_the_loss_sends_through_the_decoder_is_no_task():
+    student, infosam = tap(hf_sam()), InfoSAMLoss(16, gradient_share=0.1)
+
+    def step(seed: int, task: float) -> None:
+        masks = student(hf_batch(3, seed=seed)).pred_masks
+        loss = infosam(sam_features(3, seed=seed, dim=16, size=(4, 4)), student)
+        weights.append(infosam.scalars()["weight"])
+        (loss + (task * masks.square().mean() if task else 0)).backward()
+
+    weights: list[float] = []
+    for _ in range(3):
+        step(0, 0.0)
+    with pytest.raises(RuntimeError, match="InfoSAMLoss: gradient_share must have a task loss to be a share of, got 3"):
+        step(0, 0.0)
+    student.clear()
+    infosam, weights = InfoSAMLoss(16, gradient_share=0.1), []
+    for seed, task in enumerate((1.0, 1.0, 0.0, 0.0, 0.0, 1.0)):
+        step(seed, task)
+    assert weights[1] != weights[2] == weights[3] == weights[4] == weights[5]
+
+
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 10.1, math.inf, math.nan, "0.1", True])
 def test_gradient_share_must_be_a_share(value):
     with pytest.raises(ValueError, match=r"InfoSAMLoss: gradient_share must lie in \(0, 10\], got"):
@@ -153,6 +184,26 @@ def test_compiled_loss_is_refused():
     compiled = torch.compile(infosam, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="gradient_share must be measured outside of torch.compile"):
         compiled(sam_features(seed=0), in_training(sam_features(seed=10)))
+
+
+# What the compiler says of leaves that cross a break of the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("what", ["loss", "step"])
+def test_share_is_measured_where_a_compiler_breaks_the_graph(what):
+    weights = []
+    for compiled in (False, True):
+        infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+        loss = torch.compile(infosam, backend="eager") if compiled and what == "loss" else infosam
+
+        def step(teacher: SAMFeatures, student: SAMFeatures, loss=loss) -> Tensor:
+            return loss(teacher, student) + task_of(student)
+
+        step = torch.compile(step, backend="eager") if compiled and what == "step" else step
+        for seed in range(3):
+            step(sam_features(seed=1000 + seed), in_training(sam_features(seed=100 + seed))).backward()
+            weights.append(infosam.scalars()["weight"])
+    assert weights[:3] == pytest.approx(weights[3:], rel=1e-5)
+    assert weights[1] != FIRST_WEIGHT
 
 
 # What survives.

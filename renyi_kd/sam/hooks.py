@@ -245,8 +245,7 @@ def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
 def _source(value: Tensor, output: Any) -> Tensor:
     """Return the tensor of a module's output that a value is or is a view of, or else any: it was computed from it."""
     known = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
-    same = [leaf for leaf in known if leaf is value]
-    return (same or [leaf for leaf in known if is_view_of(value, leaf)] or [*known, value])[0]
+    return next((leaf for leaf in known if is_view_of(value, leaf)), [*known, value][0])
 
 
 def _requires_grad(value: Any) -> bool:

@@ -67,7 +67,8 @@ class ReadFeatures(SAMFeatures):
 
     """
 
-    reads: Reads
+    # Of the class too: features that are made anew, as by _make, are known to come from nothing.
+    reads: Reads = _NOTHING
 
     def __new__(
         cls, image_features: Tensor, mask_tokens: Tensor, image_index: Tensor | None, reads: Reads = _NOTHING
@@ -79,7 +80,13 @@ class ReadFeatures(SAMFeatures):
 
     def _replace(self, **fields: Any) -> ReadFeatures:
         """Return features that are computed from these: the gradient of the loss still comes by the aliases."""
-        return ReadFeatures(*super()._replace(**fields), reads=self.reads)
+        image_features, mask_tokens, image_index = super()._replace(**fields)
+        # What has no gradient comes by none, and would keep the graph.
+        reads = Reads(
+            self.reads.image_features if image_features.requires_grad else (),
+            self.reads.mask_tokens if mask_tokens.requires_grad else (),
+        )
+        return ReadFeatures(image_features, mask_tokens, image_index, reads)
 
 
 def with_reads(features: SAMFeatures) -> ReadFeatures:
@@ -102,8 +109,8 @@ def read(value: Tensor, source: Tensor | None = None) -> tuple[Tensor, Read | No
     alias = value.view_as(value)
     if source is None or source is value:
         return alias, Read(value, alias)
-    if not is_view_of(value, source):
-        # No part of a gradient of that is its own.
+    if not is_view_of(value, source) or _repeats(source) or _repeats(value):
+        # It was computed from the source, or one number stands in several places: no part of a gradient is its own.
         return alias, None
     offset = int(value.storage_offset() - source.storage_offset())
     part = Part(source.shape, source.stride(), value.shape, value.stride(), offset)
@@ -111,11 +118,22 @@ def read(value: Tensor, source: Tensor | None = None) -> tuple[Tensor, Read | No
 
 
 def is_view_of(value: Tensor, source: Tensor) -> bool:
-    """Return whether the graph leads from a tensor to a source in the same memory by operations of one input."""
-    node: Any = value.grad_fn if storage_of(source) == storage_of(value) else None
+    """Return whether a tensor with gradient lies in a source's memory, and was taken from it by views alone."""
+    if value is source:
+        return True
+    if storage_of(value) is None or storage_of(value) != storage_of(source):
+        return False
+    node: Any = value.grad_fn
+    number = value.output_nr
     while node is not None:
-        if node is source.grad_fn or getattr(node, "variable", None) is source:
+        # One operation may give several tensors of one memory.
+        if node is source.grad_fn and number == source.output_nr:
             return True
-        before = node.next_functions
-        node = before[0][0] if len(before) == 1 else None
+        if len(node.next_functions) != 1:
+            return getattr(node, "variable", None) is source
+        node, number = node.next_functions[0]
     return False
+
+
+def _repeats(value: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
