@@ -1,4 +1,4 @@
-"""Writes the measured tables of the README from the committed results, the newest row of each setting.
+"""Writes the measured tables of README and documents from the committed results, the newest row of each setting.
 
 python -m benchmarks.readme
 """
@@ -14,6 +14,7 @@ from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import read
+from benchmarks.segmentation.shares import shares_table as shares
 from benchmarks.segmentation.table import tables
 from examples.files import whole_file
 
@@ -69,6 +70,21 @@ def families_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table.rename(columns=spelled))}\n\nRun with torch {' and '.join(rows['torch'].unique())}."
 
 
+def forms_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what each form costs as Markdown."""
+    newest = rows.groupby(["b", "layout", "form"], sort=False).last()
+    cells = newest["ms_p50"].astype(float).map("{:.1f} ms".format) + newest["ratio"].astype(float).map(
+        ", {:.2f}".format
+    )
+    table = cells.unstack("form", sort=False).rename(LAYOUTS, level="layout").rename_axis(["B", "layout"])
+    return f"{markdown(table)}\n\nMedian time, and the median of its ratios. Measured on {where(newest)}."
+
+
+def shares_table(rows: pandas.DataFrame) -> str:
+    """Return the table of the share of InfoSAM in the gradient as Markdown."""
+    return f"{markdown(shares(rows))}\n\n120 steps of each. Measured on {where(rows)}."
+
+
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
     """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
     whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
@@ -98,19 +114,23 @@ def segmentation_tables() -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {
-    "loss_cpu": loss_table,
-    "kernels_cpu": kernels_table,
-    "teachers_cpu": teachers_table,
-    "families": families_table,
+# What is made of what, by document.
+DOCUMENTS = {
+    "README.md": {
+        "loss_cpu": loss_table,
+        "kernels_cpu": kernels_table,
+        "teachers_cpu": teachers_table,
+        "families": families_table,
+    },
+    "docs/forms.md": {"shares": shares_table, "forms_cpu": forms_table},
 }
 
 
-def with_tables(readme: str) -> str:
-    """Return the README with its tables made anew."""
-    for name, table in TABLES.items():
-        readme = _with_table(readme, name, table(read_rows(ROOT / f"benchmarks/results/{name}.csv")))
-    return _with_table(readme, "segmentation", segmentation_tables())
+def with_tables(name: str, text: str) -> str:
+    """Return a document with its tables made anew."""
+    for table, make in DOCUMENTS[name].items():
+        text = _with_table(text, table, make(read_rows(ROOT / f"benchmarks/results/{table}.csv")))
+    return _with_table(text, "segmentation", segmentation_tables()) if name == "README.md" else text
 
 
 def _with_table(readme: str, name: str, text: str) -> str:
@@ -119,7 +139,8 @@ def _with_table(readme: str, name: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    text = with_tables(path.read_text())
-    with whole_file(path) as temporary:
-        temporary.write_text(text)
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = with_tables(name, path.read_text())
+        with whole_file(path) as temporary:
+            temporary.write_text(text)

@@ -47,8 +47,8 @@ class InfoSAMLoss(nn.Module):
             own over that of the task's, at the image features or the mask tokens, whichever is larger. One weight of
             both terms follows the measured share of earlier steps, whatever the scale of the task, the form or the
             batch; a factor of your own before the loss has no effect then. In (0, 10]; None leaves the weights as they
-            are. Until a share was measured the weight is 2^-10. It is part of the state dict. In several processes
-            every process calls the loss, as often as the others.
+            are. The weight begins at 2^-10, and at most doubles from step to step. It is part of the state dict. In
+            several processes every process calls the loss, as often as the others.
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
@@ -246,7 +246,7 @@ class InfoSAMLoss(nn.Module):
         gradients = GradientMeasurement(reads) if measures and known else None
         loss, compression, distillation = terms
         if control is not None:
-            weight = control.weight() if gradients is None else control.next_weight()
+            weight = control.weight.clone() if gradients is None else control.next_weight()
             loss = weight * loss
             if gradients is not None:
                 control.follow(gradients, weight)

@@ -15,6 +15,9 @@ from renyi_kd.samples.processes import n_processes
 FIRST_WEIGHT = 2.0**-10
 # A mean over about ten steps.
 _NEWEST = 0.1
+# From step to step. Where the student begins as the teacher, a form whose optimum that is has next to no gradient; the
+# weight that makes a tenth of the task's of it is far too large one step later.
+_MOST_GROWTH = 2.0
 # In so many steps the host waits, to say that there is no task loss.
 _CHECKED_STEPS = 3
 # Losses that were never differentiated; more than a step would compute.
@@ -25,9 +28,9 @@ class ShareControl(nn.Module):
     """The weight at which the loss has a given share of the task's gradient, by the share of earlier steps.
 
     With u the share that the loss had in a step, divided by its weight there, and a mean of u over earlier steps that
-    forgets those long past, the weight is ``share / mean(u)``. Of the shares at image features and mask tokens the
-    larger counts. A step that measures nothing finite and positive moves nothing. Everything stays on the device; in
-    several processes their sums are added, so that all have one weight.
+    forgets those long past, the weight is ``share / mean(u)``, but at most twice that of the step before. Of the shares
+    at image features and mask tokens the larger counts. A step that measures nothing finite and positive moves nothing.
+    Everything stays on the device; in several processes their sums are added, so that all have one weight.
 
     Args:
         share: of the task's gradient, in (0, 10].
@@ -36,19 +39,21 @@ class ShareControl(nn.Module):
 
     mean: Tensor
     n_steps: Tensor
+    weight: Tensor
 
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("n_steps", torch.zeros(()))
+        self.register_buffer("weight", torch.full((), FIRST_WEIGHT))
         # Of this process alone, and so no buffer, which DDP would take from the first process.
         self._squares = torch.zeros(2, 2)
         self._waiting: list[tuple[GradientMeasurement, Tensor]] = []
         self._n_checked = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShareControl:
-        before = {"mean": self.mean, "n_steps": self.n_steps}
+        before = {"mean": self.mean, "n_steps": self.n_steps, "weight": self.weight}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Squares of gradients over those of weights leave the range of fp16, and nothing would ever move.
         for name, value in before.items():
@@ -57,12 +62,8 @@ class ShareControl(nn.Module):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    def weight(self) -> Tensor:
-        """Return the weight, ``[]`` without gradient."""
-        return torch.where(self.n_steps == 0, torch.full_like(self.mean, FIRST_WEIGHT), self.share / self.mean)
-
     def next_weight(self) -> Tensor:
-        """Return the weight of a step with gradient, which follows what was measured before.
+        """Return the weight of a step with gradient, ``[]``, which follows what was measured before.
 
         Raises:
             RuntimeError: in the first steps the task has had no gradient where the loss has.
@@ -83,7 +84,10 @@ class ShareControl(nn.Module):
         self.n_steps += moves
         newest = (1 / self.n_steps.clamp_min(1)).clamp_min(_NEWEST)
         self.mean += torch.where(moves, newest * (share - self.mean), torch.zeros_like(share))
-        return self.weight()
+        weight = torch.minimum(self.share / self.mean, _MOST_GROWTH * self.weight)
+        self.weight.copy_(torch.where(moves, weight, self.weight))
+        # Of its own, as the graph of the loss keeps it.
+        return self.weight.clone()
 
     def follow(self, measurement: GradientMeasurement, weight: Tensor) -> None:
         """Let a step count whose loss had this weight, once backward has run through it."""

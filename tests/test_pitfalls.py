@@ -73,7 +73,9 @@ def the_encoders_output_is_changed_after_its_hook(attach: Attach) -> None:
 
     student = attach(model, call=overwriting)
     student(batch)
-    assert student.take().image_features.data_ptr() == received[0].data_ptr()
+    taken = student.take().image_features
+    assert taken.data_ptr() == received[0].data_ptr()
+    assert taken.shape == received[0].shape
 
 
 @pitfall()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.readme import with_tables
+from benchmarks.readme import DOCUMENTS, with_tables
+from renyi_kd import InfoSAMLoss, tap
 from tests.support.models import hf_batch, hf_sam, with_lora
 
 ROOT = Path(__file__).parent.parent
@@ -90,5 +91,36 @@ def test_the_example_command_runs(tmp_path):
     assert (tmp_path / "comparison.png").is_file()
 
 
-def test_the_measured_table_is_that_of_the_rows():
-    assert with_tables(README) == README
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_measured_tables_are_those_of_the_rows(name):
+    text = (ROOT / name).read_text()
+    assert with_tables(name, text) == text
+
+
+# The documents.
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+def test_python_blocks_of_the_documents_run_in_order(namespace, path):
+    namespace |= {
+        "teacher": tap(namespace["pretrained_sam"]),
+        "student": tap(namespace["finetuned_sam"]),
+        "infosam_loss": InfoSAMLoss(256),
+        "batch": namespace["loader"][0],
+        "other_batch": hf_batch(3),
+        "torch": torch,
+        "InfoSAMLoss": InfoSAMLoss,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    for index, block in enumerate(blocks):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, f"{path.name} block {index}", "exec"), namespace)
+        if ".backward()" not in block:
+            namespace["loss"].backward()
+    assert blocks
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_what_is_linked_to_is_there(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    assert all((path.parent / link).exists() for link in links if "://" not in link), links

@@ -50,25 +50,42 @@ def steps(infosam: InfoSAMLoss, n: int, *, scale: float = 1.0, first: int = 0, r
 @pytest.mark.parametrize("target", [0.03, 1.0])
 def test_share_is_what_was_asked_for_whatever_the_scale_of_the_task(form, scale, target):
     infosam = InfoSAMLoss(DIM, distillation=form, gradient_share=target)
-    shares = steps(infosam, 40, scale=scale)
+    shares = steps(infosam, 60, scale=scale)
     # Its own gradient differs from batch to batch; in the mean it is what was asked for.
-    assert sum(shares[10:]) / 30 == pytest.approx(target, rel=0.1)
-    assert max(shares[5:]) < 5 * target
+    assert sum(shares[30:]) / 30 == pytest.approx(target, rel=0.1)
+    assert max(shares[1:]) < 5 * target
 
 
 def test_share_is_exact_where_both_gradients_stay():
     infosam = InfoSAMLoss(DIM, gradient_share=0.1)
     teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
     weights = []
-    for _ in range(3):
+    for _ in range(20):
         terms = infosam.terms(teacher, student)
         (terms.loss + task_of(student)).backward()
         weights.append(infosam.scalars()["weight"])
         ratio = terms.loss / (terms.compression + 0.5 * terms.distillation)
         assert ratio.item() == pytest.approx(weights[-1], rel=1e-5)
     assert share_of(infosam) == pytest.approx(0.1, rel=1e-4)
-    assert weights[0] == FIRST_WEIGHT
-    assert weights[1] == pytest.approx(weights[2], rel=1e-5)
+    assert weights[:3] == [FIRST_WEIGHT, 2 * FIRST_WEIGHT, 4 * FIRST_WEIGHT]
+    assert weights[-1] == pytest.approx(weights[-2], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["cauchy_schwarz", "debiased", "jensen_renyi"])
+def test_a_student_that_begins_as_the_teacher_is_not_thrown_away(form):
+    """Its gradient is rounding in the first step, and thousands of times as large in the second."""
+    infosam, teacher = InfoSAMLoss(DIM, distillation=form, gradient_share=0.1), sam_features(seed=0)
+    moved = sam_features(seed=10)
+    shares = []
+    for step in range(20):
+        part = 1e-7 if step == 0 else min(0.5, 0.1 * step)
+        student = in_training(
+            SAMFeatures(*((1 - part) * a + part * b for a, b in zip(teacher[:2], moved[:2], strict=True)))
+        )
+        (infosam(teacher, student) + task_of(student)).backward()
+        shares.append(share_of(infosam))
+    assert max(shares) < 0.3
+    assert shares[-1] == pytest.approx(0.1, rel=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -102,7 +119,7 @@ def test_a_factor_before_the_loss_has_no_effect():
     for factor in (1.0, 100.0):
         infosam = InfoSAMLoss(DIM, gradient_share=0.1)
         teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
-        for _ in range(2):
+        for _ in range(20):
             (factor * infosam(teacher, student) + task_of(student)).backward()
         shares.append(share_of(infosam))
     assert shares == pytest.approx([0.1, 0.1], rel=1e-4)
@@ -135,7 +152,7 @@ def test_a_step_that_tells_nothing_moves_nothing(what):
 def test_losses_of_one_step_count_together():
     """Two losses before one backward, as with images from outside of the task."""
     infosam = InfoSAMLoss(DIM, gradient_share=0.1)
-    for seed in range(4):
+    for seed in range(20):
         students = [in_training(sam_features(seed=100 * n + seed)) for n in range(2)]
         losses = [infosam(sam_features(seed=1000 + n), student) for n, student in enumerate(students)]
         weights = losses[0].item(), losses[1].item()
@@ -230,7 +247,7 @@ def test_the_state_dict_is_as_before_without_a_share():
     names = InfoSAMLoss(DIM).state_dict().keys()
     assert all(name.startswith("relation.") for name in names)
     assert InfoSAMLoss(DIM, gradient_share=0.1).state_dict().keys() - names == {
-        f"share_control.{name}" for name in ("_extra_state", "mean", "n_steps")
+        f"share_control.{name}" for name in ("_extra_state", "mean", "n_steps", "weight")
     }
 
 
