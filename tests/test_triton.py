@@ -370,12 +370,10 @@ def sample_weights(n_samples: int) -> Tensor:
 
 
 # Maps of a lower precision differ in how they are loaded: in one stretch of rows that fill no block, and in several.
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(size, torch.float32) for size in SIZES]
-    + [(size, dtype) for size in (SIZES[4], SIZES[7]) for dtype in (torch.float16, torch.bfloat16)],
-    ids=str,
-)
+HALF_SIZES = [(size, dtype) for size in (SIZES[4], SIZES[7]) for dtype in (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [*((size, torch.float32) for size in SIZES), *HALF_SIZES], ids=str)
 @pytest.mark.parametrize("form", DISTILLATIONS)
 def test_terms_of_relations(size, dtype, form):
     arguments = relations(*size, dtype)
@@ -397,8 +395,11 @@ def test_terms_of_relations(size, dtype, form):
             assert_within_budget(a, e, t, name=f"gradient of the {name}'s map")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, BLOCK_L + 1), *SIZES], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [*((size, torch.float32) for size in ((1, 1), (1, BLOCK_L + 1), *SIZES)), *HALF_SIZES],
+    ids=str,
+)
 def test_terms_of_weighted_pairs(size, dtype):
     image_gram, token_gram, *maps = relations(*size)
     arguments, weight = (image_gram, token_gram, *(scores.to(dtype) for scores in maps)), sample_weights(size[0])
