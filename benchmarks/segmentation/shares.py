@@ -36,7 +36,7 @@ def save_shares(runs: Iterable[Run], path: Path, tick: Callable[[], object] = la
         measure.append_rows(path, [{**row, **environment} for row in rows])
 
 
-def shares_table(rows: pandas.DataFrame, steps: tuple[int, ...] = (1, 2, 20, 100)) -> pandas.DataFrame:
+def shares_table(rows: pandas.DataFrame, steps: tuple[int, ...] = (1, 20, 100)) -> pandas.DataFrame:
     """Return the shares at image features / mask tokens by data set and distiller, at some steps and in the mean."""
     rows = rows.astype({"step": int, "image_features_share": float, "mask_tokens_share": float})
     keys = ["data", "distiller"]
