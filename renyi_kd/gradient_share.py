@@ -18,7 +18,7 @@ from torch import Tensor
 from renyi_kd.sam.reads import Read, Reads
 
 # Of a map so many channels are looked at, or rows where channels come last, or up to twice as many; all of a small map.
-# To look at all of a large one would cost a tenth of the loss, and so would parts that do not lie together in memory.
+# These lie together in memory; to look at all of a large map would cost many times as much.
 _CHANNELS, _ROWS = 16, 4
 _PLACES = ("image_features", "mask_tokens")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import peft_methods
+from benchmarks import measure, peft_methods
 from benchmarks.segmentation import __main__ as command
 from benchmarks.segmentation import distillers, memory, models, plan, rows, table, training
 from benchmarks.segmentation.data import MaskDataset
@@ -22,6 +22,7 @@ from benchmarks.segmentation.grid import Grid
 from benchmarks.segmentation.metrics import METRICS
 from benchmarks.segmentation.options import Options
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
+from benchmarks.segmentation.shares import save_shares, shares_table
 from benchmarks.segmentation.statistics import paired_difference
 from examples.models import load_sam
 from tests.support.families import hf_sam2, hf_sam_hq
@@ -323,6 +324,18 @@ def test_every_distiller_trains_with_lora(sam, data, tmp_path, distiller):
     # The form of pairs has its relation module as it was initialised.
     trains = bool(own) and "jensen_renyi" not in distiller
     assert trains == any(not torch.equal(*pair) for pair in zip(own, run.distiller.parameters(), strict=True))
+
+
+def test_shares_of_a_run_are_rows_and_a_table(sam, data, tmp_path):
+    path = tmp_path / "shares.csv"
+    save_shares(ready(sam, data, tmp_path / "cache", distiller="infosam_share"), path)
+    found = measure.read_rows(path)
+    assert found["step"].tolist() == ["1", "2"]
+    assert found["weight"].astype(float).tolist() == pytest.approx([2**-10, 2**-9], rel=1e-3)
+    assert found["mask_tokens_share"].astype(float).between(1e-6, 1e6).all()
+    assert list(shares_table(found, steps=(1, 2)).columns) == ["step 1", "step 2", "mean of 2 to 2"]
+    with pytest.raises(TypeError, match="save_shares: the distiller must be a form of InfoSAM, got vid"):
+        save_shares(ready(sam, data, tmp_path / "cache", distiller="vid"), path)
 
 
 def test_runs_of_one_seed_begin_alike_and_see_the_same_batches(sam, data, tmp_path):

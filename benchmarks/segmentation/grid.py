@@ -130,7 +130,7 @@ class Grid:
             for distiller in options.distiller:
                 run = self._ready(self._settings(name, options.peft[0], distiller, 0))
                 with tqdm(total=run.length, unit="it", desc=f"{name}, {distiller}") as bar:
-                    save_shares([run], path, bar.update)
+                    save_shares(run, path, bar.update)
         print(f"written: {path}")
         return 0
 

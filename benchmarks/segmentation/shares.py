@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,25 @@ from benchmarks.segmentation.distillers import InfoSAM
 from benchmarks.segmentation.training import Run, Step
 
 
-def save_shares(runs: Iterable[Run], path: Path, tick: Callable[[], object] = lambda: None) -> None:
-    """Train the runs, each with a form of InfoSAM, and append a row a step to a CSV file.
+def save_shares(run: Run, path: Path, tick: Callable[[], object] = lambda: None) -> None:
+    """Train a run with a form of InfoSAM, and append a row a step to a CSV file.
 
     Raises:
-        TypeError: a run has another distiller.
+        TypeError: the run has another distiller.
 
     """
-    for run in runs:
-        if not isinstance(run.distiller, InfoSAM):
-            raise TypeError(f"save_shares: the distiller must be a form of InfoSAM, got {run.settings.distiller}")
-        settings = run.settings
-        named = {name: getattr(settings, name) for name in ("model", "data", "peft", "distiller", "seed", "image_size")}
-        environment = measure.environment(run.device.type)
-        rows: list[dict[str, Any]] = []
+    if not isinstance(run.distiller, InfoSAM):
+        raise TypeError(f"save_shares: the distiller must be a form of InfoSAM, got {run.settings.distiller}")
+    columns = ("model", "data", "peft", "distiller", "seed", "image_size")
+    named = {name: getattr(run.settings, name) for name in columns}
+    rows: list[dict[str, Any]] = []
 
-        def watch(step: Step, rows: list[dict[str, Any]] = rows, named: dict[str, Any] = named) -> None:
-            scalars = step.distiller.state()
-            rows.append({**named, "step": step.index + 1, "of": step.of, **scalars})
+    def watch(step: Step) -> None:
+        rows.append({**named, "step": step.index + 1, "of": step.of, **run.distiller.state()})
 
-        run(watch=watch, tick=tick)
-        measure.append_rows(path, [{**row, **environment} for row in rows])
+    run(watch=watch, tick=tick)
+    environment = measure.environment(run.device.type)
+    measure.append_rows(path, [{**row, **environment} for row in rows])
 
 
 def shares_table(rows: pandas.DataFrame, steps: tuple[int, ...] = (1, 20, 100)) -> pandas.DataFrame:
