@@ -17,9 +17,9 @@ from torch import Tensor
 
 from renyi_kd.sam.reads import Read, Reads
 
-# Of a map so many channels are looked at, or rows where channels come last, or up to twice as many; all of a small map.
-# These lie together in memory; to look at all of a large map would cost many times as much.
-_CHANNELS, _ROWS = 16, 4
+# Of a map so many channels are looked at, in every second row where there are more than so many; to look at all of it
+# would cost many times as much. The gradient is that of few pixels, and rows further apart miss them; channels agree.
+_CHANNELS, _ROWS = 16, 8
 _PLACES = ("image_features", "mask_tokens")
 
 
@@ -45,23 +45,24 @@ class GradientMeasurement:
     """
 
     def __init__(self, reads: Reads) -> None:
-        self._squares: dict[str, Tensor] = {}
+        # Of the loss and of the task in turns, as they come; to sum them is for whoever reads them.
+        self._norms: dict[str, list[Tensor]] = {}
         for each in reads.image_features:
-            self._watch("image_features", each, _some_rows if each.source.stride(1) == 1 else _some_channels)
+            self._watch("image_features", each, _some)
         for each in reads.mask_tokens:
             self._watch("mask_tokens", each, _all)
 
     @property
     def squares(self) -> Tensor | None:
         """Sums of squares ``[2, 2]``: of image features and mask tokens, the loss's and the task's; None before any."""
-        if not self._squares:
+        if not self._norms:
             return None
-        nothing = next(iter(self._squares.values())).new_zeros(2)
-        return torch.stack([self._squares.get(place, nothing) for place in _PLACES])
+        nothing = next(iter(self._norms.values()))[0].new_zeros(2)
+        return torch.stack([_squares(self._norms[place]) if place in self._norms else nothing for place in _PLACES])
 
     def share(self) -> GradientShare:
         """Return the shares, inf where the task alone has no gradient, and 0 where the loss has none."""
-        return GradientShare(*(_ratio(self._squares.get(place)) for place in _PLACES))
+        return GradientShare(*(_ratio(self._norms.get(place)) for place in _PLACES))
 
     def _watch(self, place: str, read: Read, looked_at: Callable[[Tensor], Tensor]) -> None:
         own = _OwnGradient(self, place, read, looked_at)
@@ -80,9 +81,7 @@ class GradientMeasurement:
         weakref.finalize(own, read.source.register_hook(compare).remove)  # type: ignore[no-untyped-call]
 
     def _add(self, place: str, own: Tensor, task: Tensor) -> None:
-        squares = torch.stack([torch.linalg.vector_norm(own), torch.linalg.vector_norm(task)]).square()
-        before = self._squares.get(place)
-        self._squares[place] = squares if before is None else before + squares
+        self._norms.setdefault(place, []).extend(torch._foreach_norm([own, task]))
 
 
 class _OwnGradient:
@@ -120,21 +119,20 @@ class _OwnGradient:
             self._measurement._add(self._place, own, looked_at - own)
 
 
-def _ratio(squares: Tensor | None) -> Tensor | None:
-    if squares is None:
+def _squares(norms: list[Tensor]) -> Tensor:
+    return torch.stack(norms).reshape(-1, 2).square().sum(0)
+
+
+def _ratio(norms: list[Tensor] | None) -> Tensor | None:
+    if norms is None:
         return None
-    own, task = squares
+    own, task = _squares(norms)
     return torch.where(own == 0, own, own / task).sqrt()
 
 
-def _some_channels(gradient: Tensor) -> Tensor:
-    step = max(1, gradient.shape[1] // _CHANNELS)
-    return gradient[:, step // 2 :: step]
-
-
-def _some_rows(gradient: Tensor) -> Tensor:
-    step = max(1, gradient.shape[2] // _ROWS)
-    return gradient[:, :, step // 2 :: step]
+def _some(gradient: Tensor) -> Tensor:
+    first = max(0, gradient.shape[1] - _CHANNELS) // 2
+    return gradient[:, first : first + _CHANNELS, :: 2 if gradient.shape[2] > _ROWS else 1]
 
 
 def _all(gradient: Tensor) -> Tensor:

@@ -67,9 +67,9 @@ def task_of(masks: Any) -> Tensor:
     ("shape", "layout", "looked_at"),
     [
         ((12, 5, 7), torch.contiguous_format, (slice(None), slice(None))),
-        ((100, 16, 8), torch.contiguous_format, (slice(3, None, 6), slice(None))),
-        ((100, 64, 4), torch.channels_last, (slice(None), slice(8, None, 16))),
-        ((100, 7, 4), torch.channels_last, (slice(None), slice(None))),
+        ((100, 16, 8), torch.contiguous_format, (slice(42, 58), slice(None, None, 2))),
+        ((100, 17, 4), torch.channels_last, (slice(42, 58), slice(None, None, 2))),
+        ((17, 8, 4), torch.channels_last, (slice(16), slice(None))),
     ],
     ids=["small", "channels first", "channels last", "few rows"],
 )
