@@ -25,9 +25,9 @@ from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.command_line import parsed, sentence_at_fault
+from benchmarks.files import whole_file
 from benchmarks.markdown import markdown
-from examples.command_line import parsed, sentence_at_fault
-from examples.files import whole_file
 from renyi_kd import Objective
 from renyi_kd.objective import Distillation
 from renyi_kd.ops.gram_terms import gram_terms

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.cases import DIM, make_features
-from examples.command_line import parsed
+from benchmarks.command_line import parsed
 from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms
 from renyi_kd.objective import Distillation
 

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from examples.command_line import parsed, sentence_at_fault
+from benchmarks.command_line import parsed, sentence_at_fault
 
 PROGRAM = "benchmarks.gpu"
 Outcome = Literal["passed", "failed", "out of time", "not installed"]

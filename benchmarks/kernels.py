@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.cases import Case, cases
-from examples.command_line import parsed
-from examples.files import whole_file
+from benchmarks.command_line import parsed
+from benchmarks.files import whole_file
 from renyi_kd import implementation
 
 Pass = Literal["forward", "forward+backward"]

@@ -17,7 +17,7 @@ import pandas
 import torch
 from filelock import FileLock
 
-from examples.files import whole_file
+from benchmarks.files import whole_file
 
 Run = Callable[[], object]
 

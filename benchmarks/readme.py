@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.files import whole_file
 from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import read
 from benchmarks.segmentation.shares import shares_table as shares
 from benchmarks.segmentation.table import tables
-from examples.files import whole_file
 
 ROOT = Path(__file__).parent.parent
 

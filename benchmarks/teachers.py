@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import measure
-from examples.command_line import parsed
-from examples.torchvision_compat import ensure_importable
+from benchmarks.command_line import parsed
+from benchmarks.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, Teacher, tap
 
 Step = Callable[[], Tensor]

@@ -1,1 +1,1 @@
-"""Runnable examples: fine-tuning a SAM with and without InfoSAM, and how the small SAM beside it was trained."""
+"""Runnable examples: one idea a file."""

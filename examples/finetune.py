@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from examples.command_line import parsed, sentence_at_fault
-from examples.data import InstanceDataset, Prompt
-from examples.devices import Amp, autocast, best_device, on_device
-from examples.files import whole_file
-from examples.models import Peft, Sam, load_sam, trainable_copy
+from benchmarks.command_line import parsed, sentence_at_fault
+from benchmarks.devices import Amp, autocast, best_device, on_device
+from benchmarks.files import whole_file
+from benchmarks.sam.data import InstanceDataset, Prompt
+from benchmarks.sam.models import Peft, Sam, load_sam, trainable_copy
 from examples.picture import save_comparison
 from renyi_kd import InfoSAMLoss, tap
 

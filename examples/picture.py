@@ -11,8 +11,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from examples.data import PIXEL_MEAN, PIXEL_STD, Item
-from examples.models import Sam
+from benchmarks.sam.data import PIXEL_MEAN, PIXEL_STD, Item
+from benchmarks.sam.models import Sam
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from examples.torchvision_compat import ensure_importable
+from benchmarks.torchvision_compat import ensure_importable
 
 ensure_importable()
 

@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples import data, files, finetune, models, pretrain_mini_sam
+from benchmarks import files
+from benchmarks.mini_sam import pretrain
+from benchmarks.sam import data, models
+from examples import finetune
 from tests.support.images import write_folder
 from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
 
@@ -168,19 +171,19 @@ def test_the_default_model_and_images_ship_with_the_example():
 
 
 def test_the_mini_sam_can_be_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_mini_sam, "HELD_OUT_SCENES", 2)
-    pretrain_mini_sam.main(["--steps", "2", "--batch-size", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(pretrain, "HELD_OUT_SCENES", 2)
+    pretrain.main(["--steps", "2", "--batch-size", "1", "--out", str(tmp_path)])
     written, committed = load_file(tmp_path / "model.safetensors"), load_file(models.MINI_SAM / "model.safetensors")
     assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in committed.items()}
     assert all(value.dtype == torch.float16 for value in committed.values() if value.is_floating_point())
-    assert models.load_sam(str(tmp_path), None, None).image_size == pretrain_mini_sam.IMAGE_SIZE
+    assert models.load_sam(str(tmp_path), None, None).image_size == pretrain.IMAGE_SIZE
 
 
-@pytest.mark.parametrize("module", ["examples.finetune", "examples.pretrain_mini_sam"])
+@pytest.mark.parametrize("module", ["examples.finetune", "benchmarks.mini_sam.pretrain"])
 def test_help_says_what_every_option_does(module):
     command = [sys.executable, "-W", "error", "-m", module, "--help"]
     said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
-    options = {finetune.__name__: finetune, pretrain_mini_sam.__name__: pretrain_mini_sam}[module].Options
+    options = {finetune.__name__: finetune, pretrain.__name__: pretrain}[module].Options
     for field in dataclasses.fields(options):
         assert f"--{field.name.replace('_', '-')} " in said
     assert "of the optimiser" in said or "order of the entropies" in said
@@ -197,7 +200,7 @@ def test_help_says_what_every_option_does(module):
 )
 def test_bad_options_of_the_training_end_in_one_sentence(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit, match="2"):
-        pretrain_mini_sam.main(["--out", str(tmp_path / "new"), *words])
+        pretrain.main(["--out", str(tmp_path / "new"), *words])
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""MobileSAM in examples and benchmarks, at the input size of its weights and at others."""
+"""MobileSAM in the benchmarks, at the input size of its weights and at others."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from examples.models import Sam, load_sam
+from benchmarks.sam.models import Sam, load_sam
 from tests.support.families import boxes_in
 from tests.support.packages import import_quietly, need
 

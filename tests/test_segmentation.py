@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from benchmarks import measure, peft_methods
+from benchmarks.sam.models import load_sam
 from benchmarks.segmentation import __main__ as command
 from benchmarks.segmentation import distillers, memory, models, plan, rows, table, training
 from benchmarks.segmentation.data import MaskDataset
@@ -24,7 +25,6 @@ from benchmarks.segmentation.options import Options
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.shares import save_shares, shares_table
 from benchmarks.segmentation.statistics import paired_difference
-from examples.models import load_sam
 from tests.support.families import hf_sam2, hf_sam_hq
 
 ROOT = Path(__file__).parent.parent

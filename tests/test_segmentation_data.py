@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks.sam.data import InstanceDataset
 from benchmarks.segmentation.data import MaskDataset, fixed_points
-from examples.data import InstanceDataset
 from tests.support.images import ring, write_folder, write_list, write_pair
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from examples.torchvision_compat import ensure_importable
+from benchmarks.torchvision_compat import ensure_importable
 from renyi_kd import AdapterDisabled, CachedTeacher, Call, InfoSAMLoss, SAMFeatures, Step, Teacher, tap
 from renyi_kd.sam.memory import snapshot
 from renyi_kd.teachers.encoder_cache import EncoderCache

@@ -1,4 +1,4 @@
-"""Whole-image masks, with one box and one set of points each, from the folders that examples.data describes."""
+"""Whole-image masks, with one box and one set of points each, from the folders that benchmarks.sam.data describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.data import box_around, decoded, listed_paths, must_exist, on_canvas, point_inside, prepared_pair
+from benchmarks.sam.data import box_around, decoded, listed_paths, must_exist, on_canvas, point_inside, prepared_pair
 
 Item = dict[str, Tensor | str]
 Pair = tuple[Path, Path]

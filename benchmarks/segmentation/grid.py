@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.sam.models import load_sam
 from benchmarks.segmentation import plan
 from benchmarks.segmentation.data import MaskDataset
 from benchmarks.segmentation.options import EPOCHS, EPOCHS_OF_POINTS, Options
@@ -23,7 +24,6 @@ from benchmarks.segmentation.rows import Row, read, write
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.shares import save_shares
 from benchmarks.segmentation.training import Run
-from examples.models import load_sam
 from renyi_kd.teachers.encoder_cache import fingerprint
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.sam.models import Sam
 from benchmarks.segmentation.observation import Observation
-from examples.models import Sam
 from renyi_kd import CachedTeacher, SAMFeatures, Tap, tap
 from renyi_kd.teachers.cached import encoder_of
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from benchmarks.devices import Amp, best_device
 from benchmarks.peft_methods import Method
 from benchmarks.segmentation.distillers import DISTILLERS
-from examples.devices import Amp, best_device
 
 # Thin and branching: a box says little of a road.
 FIVE_POINTS = ("aerial_roads",)

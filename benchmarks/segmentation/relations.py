@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from benchmarks.devices import on_device
+from benchmarks.files import whole_file
+from benchmarks.sam.data import PIXEL_MEAN, PIXEL_STD
 from benchmarks.segmentation.distillers import InfoSAM
 from benchmarks.segmentation.models import Batch
 from benchmarks.segmentation.training import Run, Step, with_prompt
-from examples.data import PIXEL_MEAN, PIXEL_STD
-from examples.devices import on_device
-from examples.files import whole_file
 from renyi_kd.plot import relation_figure
 
 N_IMAGES = 3

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import whole_file
 from benchmarks.segmentation.settings import Settings
-from examples.files import whole_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Literal
 
-from examples.devices import Amp
+from benchmarks.devices import Amp
 
 # PEFT in place of training: the pre-trained model as it is.
 ZERO_SHOT = "zero_shot"

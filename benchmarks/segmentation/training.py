@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks import measure, peft_methods
+from benchmarks.devices import autocast, on_device
+from benchmarks.sam.models import Sam
 from benchmarks.segmentation import distillers
 from benchmarks.segmentation.data import MaskDataset
 from benchmarks.segmentation.memory import check_fits
@@ -23,8 +25,6 @@ from benchmarks.segmentation.models import Batch, Watched, encoder_is_frozen, ta
 from benchmarks.segmentation.rows import Row
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.task_loss import structure_loss
-from examples.devices import autocast, on_device
-from examples.models import Sam
 
 
 class Step(NamedTuple):

@@ -51,7 +51,7 @@ def run_checks(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    from examples.torchvision_compat import ensure_importable
+    from benchmarks.torchvision_compat import ensure_importable
 
     ensure_importable()
     torch.distributed.init_process_group(

@@ -1,4 +1,4 @@
-"""The SAMs that the example fine-tunes, one way to run them, and four ways to make few of their weights trainable."""
+"""The SAMs that are fine-tuned, one way to run them, and four ways to make few of their weights trainable."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.torchvision_compat import ensure_importable
+from benchmarks.torchvision_compat import ensure_importable
 
 Peft = Literal["lora", "adapter", "bitfit", "decoder"]
 Segment = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 # The side of the input that its weights were trained with.
 _MOBILE_SAM_SIZE = 1024
-MINI_SAM = Path(__file__).parent / "assets" / "mini_sam"
+MINI_SAM = Path(__file__).parent.parent.parent / "examples" / "assets" / "mini_sam"
 
 
 class Sam(NamedTuple):
@@ -98,7 +98,9 @@ def _load_hf_sam(name: str, image_size: int | None) -> Sam:
 
     transformers.utils.logging.disable_progress_bar()
     if name == "mini" and not (MINI_SAM / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{MINI_SAM}/model.safetensors: missing; write it with pretrain_mini_sam.py")
+        raise FileNotFoundError(
+            f"{MINI_SAM}/model.safetensors: missing; write it with python -m benchmarks.mini_sam.pretrain"
+        )
     # SamModel, SamHQModel, Sam2Model, ...: all of them take these batches.
     model = transformers.AutoModelForMaskGeneration.from_pretrained(MINI_SAM if name == "mini" else name).float()
     prompts = model.config.prompt_encoder_config

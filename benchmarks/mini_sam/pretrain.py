@@ -1,6 +1,6 @@
 """Pretrain mini SAM, the small Segment Anything model that examples/finetune.py adapts.
 
-    python -m examples.pretrain_mini_sam --out examples/assets/mini_sam
+    python -m benchmarks.mini_sam.pretrain --out examples/assets/mini_sam
 
 A `transformers.SamModel` of 1.7 million weights learns, from nothing but generated scenes, to segment the object that a
 box or a point names. With the default options this wrote the weights in examples/assets/mini_sam.
@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from examples.command_line import parsed, sentence_at_fault
-from examples.data import PIXEL_MEAN, PIXEL_STD
-from examples.devices import on_device
-from examples.files import whole_file
-from examples.scenes import random_scene
-from examples.torchvision_compat import ensure_importable
+from benchmarks.command_line import parsed, sentence_at_fault
+from benchmarks.devices import on_device
+from benchmarks.files import whole_file
+from benchmarks.mini_sam.scenes import random_scene
+from benchmarks.sam.data import PIXEL_MEAN, PIXEL_STD
+from benchmarks.torchvision_compat import ensure_importable
 
 # Before transformers is imported, which looks for torchvision.
 ensure_importable()
@@ -49,7 +49,7 @@ PEAK_LR, WEIGHT_DECAY, WARMUP_STEPS = 8e-4, 0.05, 100
 # Over this share of the steps the loss goes from balanced cross-entropy to focal; see mask_loss.
 BALANCED_SHARE = 0.5
 HELD_OUT_SCENES, EVALUATE_EVERY = 96, 200
-PROGRAM = "examples.pretrain_mini_sam"
+PROGRAM = "benchmarks.mini_sam.pretrain"
 COLUMNS = ("step", "loss", "held_out_box_iou", "held_out_point_iou", "seconds")
 
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.torchvision_compat import ensure_importable
+from benchmarks.torchvision_compat import ensure_importable
 
 Prompt = Literal["box", "point"]
 Item = dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""The small SAM of examples/assets, trained from scratch on generated scenes."""

@@ -1,0 +1,1 @@
+"""SAMs to fine-tune and images to fine-tune them on."""
