@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
+import math
 import re
 import shutil
 import signal
@@ -15,17 +17,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import files
-from benchmarks.mini_sam import pretrain
-from benchmarks.sam import data, models
+from benchmarks.sam.models import MINI_SAM
 from examples import finetune
+from renyi_kd import InfoSAMLoss
+from tests.support.families import hf_sam2, hf_sam_hq
 from tests.support.images import write_folder
-from tests.support.models import DIM, IMAGE_SIZE, hf_sam, meta_sam
+from tests.support.models import DIM, hf_sam
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+# What those who install the example do not need, since they have no torchvision.
+LAUNCHER = (sys.executable, "-m", "benchmarks.torchvision_compat", "examples.finetune")
+CPU = torch.device("cpu")
 RUN_FILES = {"metrics.csv", "comparison.png", "relation.safetensors"}
 
 
@@ -67,16 +73,35 @@ def metrics(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def instances(folder: Path, split: str, size: int, n_boxes: int = 32, **options: object) -> finetune.Instances:
+    """Return the images of a split."""
+    return finetune.Instances(split, size, n_boxes, finetune.Options(data=folder, device=CPU, **options))
+
+
+def trained(folder: Path, model: Path, out: Path) -> list[dict[str, float]]:
+    """Return the rows of a short training with InfoSAM."""
+    options = finetune.Options(str(model), data=folder, out=out, epochs=1, batch_size=2, prompts=2, device=CPU)
+    sam, infosam_loss, train, _ = finetune.setup(options)
+    return finetune.fine_tune("PEFT + InfoSAM", sam, train, [], options, infosam_loss)[1]
+
+
 # good input
+
+
+def test_it_stands_by_itself():
+    tree = ast.parse(Path(finetune.__file__).read_text())
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {"renyi_kd", "tyro"} <= named
+    assert not {name for name in named if name.split(".")[0] in ("benchmarks", "examples", "tests")}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        (),
-        ("--peft", "adapter", "--prompt", "point"),
-        ("--peft", "bitfit", "--lambda-r", "0.3", "--lambda-d", "3", "--alpha", "1.5"),
-        ("--peft", "decoder", "--amp", "bf16", "--image-size", "48"),
+        ("--figures",),
+        ("--peft", "bitfit", "--lambda-r", "0.3", "--lambda-d", "3", "--distillation", "jensen_renyi"),
+        ("--peft", "decoder", "--amp", "bf16"),
     ],
     ids=" ".join,
 )
@@ -84,64 +109,71 @@ def test_a_run_writes_everything_whole_and_reports_it(folder, tiny_model, tmp_pa
     out = tmp_path / "out"
     run(folder, tiny_model, out, *options)
     peft = options[1] if "--peft" in options else "lora"
-    assert {path.name for path in out.iterdir()} == RUN_FILES | {f"{peft}.safetensors", f"{peft}_infosam.safetensors"}
+    figures = {"relations_01.png", "relations_02.png"} if "--figures" in options else set()
+    written = RUN_FILES | figures | {f"{peft}.safetensors", f"{peft}_infosam.safetensors"}
+    assert {path.name for path in out.iterdir()} == written
     rows = metrics(out)
     assert [row["run"] for row in rows] == ["zero-shot"] + ["PEFT"] * 4 + ["PEFT + InfoSAM"] * 4
     with_infosam = rows[5:]
     assert all(float(row["compression"]) < 0 for row in with_infosam)
     assert len({row["compression"] for row in with_infosam}) == 4
     assert len({row["distillation"] for row in with_infosam}) == 4
+    assert all(0 < float(row["mask_tokens_share"]) < math.inf for row in with_infosam)
+    if peft != "decoder":
+        assert all(0 < float(row["image_features_share"]) < math.inf for row in with_infosam)
+    assert all(row["compression"] == row["mask_tokens_share"] == "" for row in rows[:5])
     # The first step differs by the loss alone: same weights, same images, same prompts.
     assert rows[1]["task_loss"] == rows[5]["task_loss"]
+    assert rows[1]["loss"] == rows[1]["task_loss"]
+    assert rows[5]["loss"] != rows[5]["task_loss"]
     assert rows[-1]["task_loss"] != rows[4]["task_loss"]
     printed = capsys.readouterr().out
     for row in (rows[0], rows[4], rows[8]):
         assert f"{row['run']:<16}{float(row['iou']):>8.3f}{float(row['dice']):>8.3f}" in printed
-    with Image.open(out / "comparison.png") as picture:
-        assert picture.size[0] > picture.size[1]
+    for name in {"comparison.png", *figures}:
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 400
 
 
-@pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "decoder"])
+def test_figures_do_not_change_the_training(folder, tiny_model, tmp_path):
+    run(folder, tiny_model, tmp_path / "with", "--figures")
+    run(folder, tiny_model, tmp_path / "without")
+    with_figures, without = (
+        [{**row, "seconds": ""} for row in metrics(tmp_path / name)] for name in ("with", "without")
+    )
+    assert with_figures == without
+
+
+@pytest.mark.parametrize("peft", ["lora", "bitfit", "decoder"])
 def test_weights_on_disk_give_back_the_model_and_its_teacher_is_untouched(folder, tiny_model, tmp_path, peft):
     run(folder, tiny_model, tmp_path, "--peft", peft)
-    sam = models.load_sam(str(tiny_model), None, None)
-    images = data.InstanceDataset(folder, "test", size=sam.image_size)
-    before = finetune.evaluate(sam.model, sam, images, finetune.Options())
+    options = finetune.Options(str(tiny_model), data=folder, device=CPU, out=tmp_path)
+    sam, _, _, images = finetune.setup(options)
+    before = finetune.evaluate(sam, images, options)
     torch.manual_seed(0)
-    model = models.trainable_copy(sam, peft)
+    model = finetune.trainable_copy(sam, peft)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = load_file(tmp_path / f"{peft}_infosam.safetensors")
     assert saved.keys() == trainable
     missing, unexpected = model.load_state_dict(saved, strict=False)
     assert not unexpected
     assert trainable.isdisjoint(missing)
+    relation = InfoSAMLoss(DIM).relation
+    at_start = {name: value.clone() for name, value in relation.state_dict().items()}
+    relation.load_state_dict(load_file(tmp_path / "relation.safetensors"), strict=False)
+    assert any(not torch.equal(value, at_start[name]) for name, value in relation.state_dict().items())
     rows = metrics(tmp_path)
-    assert finetune.evaluate(model, sam, images, finetune.Options())["iou"] == pytest.approx(
-        float(rows[-1]["iou"]), abs=1e-4
-    )
+    assert finetune.evaluate(model, images, options)["iou"] == pytest.approx(float(rows[-1]["iou"]), abs=1e-4)
     assert before["iou"] == pytest.approx(float(rows[0]["iou"]), abs=1e-4)
 
 
-@pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "decoder"])
-@pytest.mark.parametrize("prompt", ["box", "point"])
-def test_models_with_metas_interface_train_too(folder, tiny_model, tmp_path, peft, prompt):
-    sam = models.Sam(meta_sam().eval(), models.segment_meta, IMAGE_SIZE, DIM)
-    options = finetune.Options(
-        str(tiny_model), data=folder, out=tmp_path, epochs=1, peft=peft, prompt=prompt, batch_size=2, prompts=2
-    )
-    _, train_images, test_images = finetune.setup(options)
-    before = {name: value.clone() for name, value in sam.model.state_dict().items()}
-    model, infosam_loss, rows = finetune.fine_tune(sam, train_images, options, with_infosam=True)
+@pytest.mark.parametrize("make", [hf_sam_hq, hf_sam2])
+def test_other_sams_of_transformers_train_too(folder, tmp_path, make):
+    make().save_pretrained(tmp_path / "model")
+    rows = trained(folder, tmp_path / "model", tmp_path / "out")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["compression"] < 0 for row in rows)
     assert rows[0]["distillation"] != rows[1]["distillation"]
-    assert all(torch.equal(value, before[name]) for name, value in sam.model.state_dict().items())
-    assert any(parameter.grad is not None for parameter in infosam_loss.parameters())
-    trained = {
-        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
-    }
-    assert trained
-    assert 0 <= finetune.evaluate(model, sam, test_images, options)["iou"] <= 1
 
 
 def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
@@ -154,96 +186,77 @@ def test_the_same_seed_gives_the_same_run(folder, tiny_model, tmp_path):
 
 
 def test_the_default_model_and_images_ship_with_the_example():
-    sam = models.load_sam("mini", None, None)
-    train = data.InstanceDataset(finetune.NUCLEI, "train", size=sam.image_size)
-    test = data.InstanceDataset(finetune.NUCLEI, "test", size=sam.image_size)
+    options = finetune.Options(device=CPU)
+    assert options.model == "mini"
+    sam = transformers.SamModel.from_pretrained(MINI_SAM).eval()
+    size = sam.config.prompt_encoder_config.image_size
+    train, test = instances(options.data, "train", size), instances(options.data, "test", size)
     assert len(train) >= 40
     assert len(test) >= 20
-    assert train.empty == test.empty == []
-    zero_shot = finetune.evaluate(sam.model, sam, test, finetune.Options())
-    assert 0.4 < zero_shot["iou"] < 0.9
+    assert train.n_skipped == test.n_skipped == 0
+    assert 0.4 < finetune.evaluate(sam, test, options)["iou"] < 0.9
     listed = {path.name for pair in [*train.pairs, *test.pairs] for path in pair}
-    assert listed == {path.name for path in finetune.NUCLEI.glob("*/*")}
-    sizes = [path.stat().st_size for path in (EXAMPLES / "assets").rglob("*") if path.is_file()]
+    assert listed == {path.name for path in options.data.glob("*/*")}
+    sizes = [path.stat().st_size for path in finetune.ASSETS.rglob("*") if path.is_file()]
     assert sum(sizes) < 10e6
-    assert sum(path.stat().st_size for path in models.MINI_SAM.iterdir()) < 8e6
-    assert sum(path.stat().st_size for path in finetune.NUCLEI.rglob("*") if path.is_file()) < 2e6
+    assert sum(path.stat().st_size for path in options.data.rglob("*") if path.is_file()) < 2e6
 
 
-def test_the_mini_sam_can_be_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "HELD_OUT_SCENES", 2)
-    pretrain.main(["--steps", "2", "--batch-size", "1", "--out", str(tmp_path)])
-    written, committed = load_file(tmp_path / "model.safetensors"), load_file(models.MINI_SAM / "model.safetensors")
-    assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in committed.items()}
-    assert all(value.dtype == torch.float16 for value in committed.values() if value.is_floating_point())
-    assert models.load_sam(str(tmp_path), None, None).image_size == pretrain.IMAGE_SIZE
-
-
-@pytest.mark.parametrize("module", ["examples.finetune", "benchmarks.mini_sam.pretrain"])
-def test_help_says_what_every_option_does(module):
-    command = [sys.executable, "-W", "error", "-m", module, "--help"]
-    said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
-    options = {finetune.__name__: finetune, pretrain.__name__: pretrain}[module].Options
-    for field in dataclasses.fields(options):
-        assert f"--{field.name.replace('_', '-')} " in said
-    assert "of the optimiser" in said or "order of the entropies" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--steps", "0"), "--steps must be at least 1, got 0; leave it out for 2400"),
-        (("--batch-size", "0"), "--batch-size must be at least 1, got 0; leave it out for 4"),
-        (("--out", __file__), "--out must be a folder, got the file"),
-        (("--device", "abacus"), "abacus"),
-    ],
-)
-def test_bad_options_of_the_training_end_in_one_sentence(tmp_path, capsys, words, said):
-    with pytest.raises(SystemExit, match="2"):
-        pretrain.main(["--out", str(tmp_path / "new"), *words])
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_help_says_what_every_option_does():
+    command = [sys.executable, "-W", "error", "-m", "examples.finetune", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for field in dataclasses.fields(finetune.Options):
+        assert f"--{field.name.replace('_', '-')} " in said or f"--{field.name}," in said
+    assert "draw the relations of teacher and student" in said
+    assert "where everything runs" in said
 
 
 # data
 
 
-def test_instances_prompts_and_padding(folder):
-    images = data.InstanceDataset(folder, "test", size=96, n_prompts=8)
-    item = images[0]
+def test_instances_boxes_and_padding(folder):
+    item = instances(folder, "test", 96, 8)[0]
     assert item["pixel_values"].shape == (3, 96, 96)
     assert item["inside"].sum() == 96 * 80
     assert item["input_boxes"].tolist() == [[10, 8, 33, 27], [48, 44, 79, 67]]
     assert item["masks"].sum((1, 2)).tolist() == [24 * 20, 32 * 24]
     assert not item["masks"][:, 80:].any()
     assert (item["pixel_values"][:, 80:] == 0).all()
-    points = data.InstanceDataset(folder, "test", size=96, prompt="point")[0]
-    for (x, y), mask in zip(points["input_points"][:, 0].tolist(), points["masks"], strict=True):
-        assert mask[int(y), int(x)]
-        assert not mask[int(y), int(x) - 7 : int(x) + 7].eq(0).any()
-    assert points["input_labels"].tolist() == [[1], [1]]
+    assert instances(folder, "test", 96, 1)[0]["input_boxes"].tolist() == [[10, 8, 33, 27]]
 
 
-def test_training_prompts_are_random_but_seeded(folder):
-    images, again = (data.InstanceDataset(folder, "train", size=96, n_prompts=4, seed=3) for _ in range(2))
+def test_specks_are_no_instances(folder):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[4:14, 5:17] = mask[30, 30:39] = 255
+    Image.fromarray(mask).save(folder / "masks/test0.png")
+    # Nine pixels, of which each is one at this size.
+    assert instances(folder, "test", 48)[0]["input_boxes"].tolist() == [[5, 4, 16, 13]]
+
+
+def test_training_boxes_are_random_but_seeded(folder):
+    images, again = (instances(folder, "train", 96, 4, seed=3) for _ in range(2))
     assert torch.equal(images[0]["input_boxes"], again[0]["input_boxes"])
     images.epoch = 1
     assert not torch.equal(images[0]["input_boxes"], again[0]["input_boxes"])
-    boxes = images[0]["input_boxes"]
+    boxes, tight = images[0]["input_boxes"], torch.tensor([[10.0, 8, 33, 27], [48, 44, 79, 67]])
     assert boxes.shape == (4, 4)
     assert (boxes >= 0).all()
     assert (boxes <= 95).all()
-    point_images = data.InstanceDataset(folder, "train", size=96, prompt="point")
-    item = point_images[1]
-    for ((x, y),), mask in zip(item["input_points"].tolist(), item["masks"], strict=True):
-        assert mask[int(y), int(x)]
+    moved = (boxes[:, None] - tight).abs().amax(-1)
+    assert 0 < moved.amin(1).max() <= 0.05 * 32
+    other = instances(folder, "train", 96, 4, seed=4)
+    assert not torch.equal(other[0]["input_boxes"], again[0]["input_boxes"])
 
 
-def test_images_without_instances_are_counted(folder):
+def test_images_without_instances_are_counted(folder, tiny_model, tmp_path, capsys):
     Image.new("L", (48, 40)).save(folder / "masks/test1.png")
-    images = data.InstanceDataset(folder, "test", size=96)
-    assert len(images) == 2
-    assert [image.name for image, _ in images.empty] == ["test1.png"]
+    assert [image.name for image, _ in instances(folder, "test", 96).pairs] == ["test0.png", "test2.png"]
+    run(folder, tiny_model, tmp_path / "out", "--epochs", "1")
+    assert "test: 2 images, 1 without instances skipped" in capsys.readouterr().out
+
+
+def test_a_limit_takes_the_first_of_each_list(folder):
+    assert [image.name for image, _ in instances(folder, "test", 96, limit=2).pairs] == ["test0.png", "test1.png"]
 
 
 # bad input
@@ -274,20 +287,27 @@ def spoil_masks(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "pattern"),
     [
-        (shutil.rmtree, r"data: --data must be a folder with images/, masks/"),
-        (lambda folder: (folder / "train.csv").unlink(), r"train\.csv: missing; list the images"),
-        (spoil_listing, r"train\.csv: must list at least one image, got none"),
-        (spoil_columns, r"train\.csv: must have the columns image and label, got file, mask"),
-        (spoil_row, r"train\.csv: must name an image and a label in every row"),
-        (lambda folder: (folder / "images/train2.png").unlink(), r"train2\.png: listed in train\.csv but missing"),
+        (shutil.rmtree, r"train\.csv: missing; --data must be a folder with images/, masks/"),
+        (lambda folder: (folder / "train.csv").unlink(), r"train\.csv: missing; --data must be"),
+        (spoil_listing, r"train\.csv: must have rows of image,label under that header, got none"),
+        (spoil_columns, r"train\.csv: must have rows of image,label under that header, got \{'file': "),
+        (spoil_row, r"train\.csv: must have rows of image,label .*'label': None"),
+        (lambda folder: (folder / "images/train2.png").unlink(), r"images/train2\.png.* No such file .*remove the row"),
         (
             lambda folder: write_pair(folder, "train0", mask_size=(24, 20)),
-            r"must have the size of its image train0\.png",
+            r"masks/train0\.png: must be readable images of one size, .* \(48, 40\) and a mask of \(24, 20\) \(width",
         ),
-        (spoil_image, r"images/train1\.png: must be a readable image"),
-        (spoil_masks, r"must list images with instances, got 5 masks without"),
+        (spoil_image, r"images/train1\.png, .*: must be readable images"),
+        (
+            lambda folder: write_pair(folder, "train1", size=(90, 1)),
+            r"images/train1\.png, .*must be readable images of one size, got height and width must be > 0",
+        ),
+        (spoil_masks, r"must list masks with components of 20 pixels .*, got 5 without one"),
     ],
-    ids=["no folder", "no csv", "empty csv", "columns", "row", "missing file", "mask size", "corrupt", "no instances"],
+    ids=[
+        *("no folder", "no csv", "empty csv", "columns", "row", "missing file", "mask size", "corrupt", "a line"),
+        "no instances",
+    ],
 )
 def test_bad_data_ends_in_one_sentence_and_no_files(folder, tiny_model, tmp_path, capsys, spoil, pattern):
     spoil(folder)
@@ -304,16 +324,19 @@ def test_bad_data_ends_in_one_sentence_and_no_files(folder, tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        (("--model", "mobile_sam"), "--weights must name a safetensors file with --model mobile_sam"),
-        (("--model", "mobile_sam", "--weights", "no.safetensors"), "no.safetensors: missing; --weights must be"),
-        (("--image-size", "33"), "--image-size must be a multiple of 8 px, got 33"),
         (("--epochs", "0"), "--epochs must be at least 1, got 0"),
-        (("--alpha", "0"), "alpha must be a number above 0, got 0.0"),
-        (("--lr", "-1"), "--lr must be a finite number above 0, got -1.0"),
+        (("--limit", "0"), "--limit must be at least 1, got 0"),
+        (("--distillation", "magic"), "distillation must be "),
+        (("--lambda-d", "nan"), "lambda_d must be "),
+        (("--lr", "-1"), "--lr must be at least 0, got -1.0; leave it out"),
+        (("--lr", "nan"), "--lr must be at least 0, got nan"),
         (("--device", "abacus"), "abacus"),
         (("--peft", "magic"), "invalid choice 'magic' for argument '--peft'"),
-        (("--batch-size", "1", "--prompts", "1"), "--batch-size times --prompts must be at least 2 for InfoSAM"),
-        (("--seed", "-1"), "--seed must not be negative, got -1"),
+        (
+            ("--batch-size", "1", "--prompts", "1"),
+            "--batch-size times --prompts must be at least 2: InfoSAM compares samples",
+        ),
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
         (("--model", "/no/such/model"), "/no/such/model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -325,35 +348,11 @@ def test_bad_options_end_in_one_sentence(folder, tiny_model, tmp_path, capsys, o
     assert pattern in capsys.readouterr().err
 
 
-def test_a_missing_mobile_sam_package_is_named(folder, tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mobilesam_lite.mobile_sam", None)
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"")
-    with pytest.raises(SystemExit):
-        run(folder, tiny_model, tmp_path / "out", "--model", "mobile_sam", "--weights", str(weights))
-    assert "--model mobile_sam needs: pip install mobilesam-lite" in capsys.readouterr().err
-
-
-def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("old")
-
-    def fail() -> None:
-        with files.whole_file(path) as temporary:
-            temporary.write_text("half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
-
-
 def test_a_kill_in_the_middle_leaves_only_whole_files(folder, tiny_model, tmp_path):
     out = tmp_path / "out"
-    script = [sys.executable, "-m", "examples.finetune", "--epochs", "100000", "--device", "cpu"]
+    script = [*LAUNCHER, "--epochs", "100000", "--device", "cpu"]
     command = [*script, "--model", str(tiny_model), "--data", str(folder), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=EXAMPLES.parent) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT) as process:
         seen = b""
         while b"PEFT" not in seen or b"step" not in seen:
             piece = process.stderr.read1()
@@ -367,11 +366,3 @@ def test_a_kill_in_the_middle_leaves_only_whole_files(folder, tiny_model, tmp_pa
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tiny_model, tmp_path):
     with pytest.raises(RuntimeError, match=r"the loss must be finite, got .* lower --lr"):
         run(folder, tiny_model, tmp_path, "--peft", "decoder", "--lr", "1e30")
-
-
-def test_image_size_interpolates_the_position_embeddings(tiny_model):
-    sam = models.load_sam(str(tiny_model), None, 2 * IMAGE_SIZE)
-    assert sam.image_size == 2 * IMAGE_SIZE
-    own = models.load_sam(str(tiny_model), None, None).model.vision_encoder.pos_embed
-    assert sam.model.vision_encoder.pos_embed.shape[1] == 2 * own.shape[1]
-    torch.testing.assert_close(sam.model.vision_encoder.pos_embed.mean(), own.mean(), rtol=0.2, atol=0.05)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.sam.data import InstanceDataset
 from benchmarks.segmentation.data import MaskDataset, fixed_points
+from examples import finetune
 from tests.support.images import ring, write_folder, write_list, write_pair
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
@@ -68,7 +68,8 @@ def test_the_example_and_the_comparison_prepare_an_image_alike(tmp_path, image_s
     write_pair(tmp_path, "a", size=image_size)
     Image.new("1", image_size, 1).save(tmp_path / "masks/a.png")
     write_list(tmp_path, "test", ["a"])
-    compared, example = MaskDataset(tmp_path, "test", size=64)[0], InstanceDataset(tmp_path, "test", size=64)[0]
+    options = finetune.Options(data=tmp_path, device=torch.device("cpu"))
+    compared, example = MaskDataset(tmp_path, "test", size=64)[0], finetune.Instances("test", 64, 4, options)[0]
     for name in ("pixel_values", "inside", "masks"):
         assert torch.equal(compared[name], example[name]), name
 

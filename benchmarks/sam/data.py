@@ -1,11 +1,11 @@
-"""Images, instance masks and prompts from a folder with images/, masks/, train.csv and test.csv."""
+"""Reading a folder with images/, masks/, train.csv and test.csv, and prompts out of masks."""
 
 from __future__ import annotations
 
 import csv
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,104 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from benchmarks.torchvision_compat import ensure_importable
-
-Prompt = Literal["box", "point"]
-Item = dict[str, Tensor]
 
 # Of ImageNet, as every SAM was trained with.
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-MIN_PIXELS = 20
 JITTER = 0.05
-
-
-class InstanceDataset(Dataset[Item]):
-    """One image per item, with prompts for some of its instances.
-
-    A mask file holds the union of an image's instances: they are its connected components of at least 20 pixels at
-    the size of the model's input. The image is prepared by SAM's image processor: its longest side is scaled to the
-    model's input, its colours are normalised, and zeros are added below and on the right. All files are decoded once at
-    the start, so that a bad one is named before any training.
-
-    Items are dictionaries of tensors, with S the model's input size and p the number of prompts:
-    ``pixel_values [3, S, S]``; ``input_boxes [p, 4]`` or ``input_points [p, 1, 2]`` with ``input_labels [p, 1]``, in
-    pixels of the input; ``masks [p, S, S]`` and ``inside [1, S, S]``, 1 where the image is and 0 in the padding.
-
-    Args:
-        folder: with ``<split>.csv``, whose columns image and label hold paths relative to the folder.
-        split: "train": ``n_prompts`` instances drawn at random, with jittered boxes or random points; anything else:
-            the first ``n_prompts`` instances, with tight boxes or the point farthest from the outline.
-        size: S.
-        prompt: "box" or "point".
-        n_prompts: instances per item; in training drawn with replacement if the image has fewer.
-        limit: at most so many images, the first of the list.
-        seed: of the prompts in training; the same for all epochs of the same number.
-
-    Raises:
-        FileNotFoundError: the folder, its csv or a file listed there is missing.
-        ValueError: the csv lists nothing, an image cannot be read, a mask has another size, or nothing is left.
-
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        size: int,
-        prompt: Prompt = "box",
-        n_prompts: int = 4,
-        limit: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.training = split == "train"
-        self.size, self.prompt, self.n_prompts, self.seed, self.epoch = size, prompt, n_prompts, seed, 0
-        self.pairs: list[tuple[Path, Path]] = []
-        self.empty: list[Path] = []
-        for image_path, mask_path in listed_pairs(folder, split)[:limit]:
-            instances = components(prepared_pair(image_path, mask_path, size)[1])
-            (self.pairs if instances.max() > 0 else self.empty).append((image_path, mask_path))
-        if not self.pairs:
-            raise ValueError(
-                f"{folder}: {split}.csv must list images with instances, got {len(self.empty)} masks without a "
-                f"component of {MIN_PIXELS} pixels above 127 at {size} px; store foreground as 255, or use other data"
-            )
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Item:
-        pixels, foreground = prepared_pair(*self.pairs[index], self.size)
-        instances = components(foreground)
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        numbers = np.arange(1, instances.max() + 1)
-        if self.training:
-            numbers = rng.choice(numbers, self.n_prompts, replace=len(numbers) < self.n_prompts)
-        masks = instances == numbers[: self.n_prompts, None, None]
-        item = {"pixel_values": pixels, "inside": on_canvas(np.ones_like(foreground[None]), self.size)}
-        item["masks"] = on_canvas(masks, self.size)
-        jitter = rng if self.training else None
-        if self.prompt == "box":
-            boxes = np.stack([box_around(mask, jitter) for mask in masks])
-            return {**item, "input_boxes": torch.from_numpy(boxes)}
-        points = np.stack([point_inside(mask, jitter) for mask in masks])[:, None]
-        return {**item, "input_points": torch.from_numpy(points), "input_labels": torch.ones(len(masks), 1).long()}
-
-    def first(self, count: int) -> list[Item]:
-        """Return the first items."""
-        return [self[index] for index in range(min(count, len(self)))]
-
-
-def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """Return the image and mask paths that ``<split>.csv`` lists, all of which exist."""
-    pairs = listed_paths(folder, split)
-    for pair in pairs:
-        for file_path in pair:
-            must_exist(file_path, split)
-    return pairs
 
 
 def listed_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -182,14 +91,6 @@ def on_canvas(masks: NDArray[np.bool_], size: int) -> Tensor:
     """Return masks ``[p, h, w]`` as 0 and 1 ``[p, S, S]``, padded with zeros as their image is."""
     _, height, width = masks.shape
     return torch.from_numpy(np.pad(masks, ((0, 0), (0, size - height), (0, size - width)))).float()
-
-
-def components(foreground: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return the number of the instance of every pixel ``[h, w]``, 0 for background and for specks."""
-    labels, _ = ndimage.label(foreground)
-    large = np.bincount(labels.ravel()) >= MIN_PIXELS
-    large[0] = False
-    return np.where(large, np.cumsum(large), 0).astype(np.int32)[labels]
 
 
 def decoded(path: Path, mode: str) -> Image.Image:

@@ -1,13 +1,12 @@
-"""The SAMs that are fine-tuned, one way to run them, and four ways to make few of their weights trainable."""
+"""The SAMs that are fine-tuned, and one way to run them."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 
 from benchmarks.torchvision_compat import ensure_importable
 
-Peft = Literal["lora", "adapter", "bitfit", "decoder"]
 Segment = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 # The side of the input that its weights were trained with.
 _MOBILE_SAM_SIZE = 1024
@@ -25,8 +23,9 @@ MINI_SAM = Path(__file__).parent.parent.parent / "examples" / "assets" / "mini_s
 class Sam(NamedTuple):
     """A pretrained SAM: the module, how to run it on a batch, its square input in pixels, its decoder's channels.
 
-    ``segment(model, batch)`` takes the batches of ``data.InstanceDataset`` and returns mask logits ``[b, p, S, S]``. Of
-    a SAM 1, ``image_embeddings [b, d, h, w]`` in the batch take the place of the encoder's run.
+    ``segment(model, batch)`` takes ``pixel_values [b, 3, S, S]``, ``inside [b, 1, S, S]``, 0 in the padding, and boxes
+    or points as transformers' SamModel does, and returns mask logits ``[b, p, S, S]``. Of a SAM 1, ``image_embeddings
+    [b, d, h, w]`` in the batch take the place of the encoder's run.
     """
 
     model: nn.Module
@@ -47,50 +46,6 @@ def load_sam(name: str, weights: Path | None, image_size: int | None) -> Sam:
     """
     ensure_importable()
     return _load_mobile_sam(weights, image_size) if name == "mobile_sam" else _load_hf_sam(name, image_size)
-
-
-def trainable_copy(sam: Sam, peft: Peft) -> nn.Module:
-    """Return a copy of the model of which only the weights of a PEFT method require grad.
-
-    "lora": rank 4 on the encoder's qkv; "adapter": a bottleneck after every block's MLP in the encoder (both with the
-    whole mask decoder); "bitfit": all biases; "decoder": the mask decoder alone.
-    """
-    model = copy.deepcopy(sam.model).requires_grad_(False)
-    if peft == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=4, lora_alpha=4, target_modules=r".*encoder.*\.qkv", modules_to_save=["mask_decoder"])
-        with warnings.catch_warnings():
-            # Of peft, about a name in transformers that it still uses.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return get_peft_model(model, config).eval()
-    if peft == "bitfit":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".bias"))
-        return model
-    if peft == "adapter":
-        for block in [module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "attn")]:
-            block.mlp = nn.Sequential(
-                block.mlp, Adapter([m for m in block.mlp.modules() if isinstance(m, nn.Linear)][-1])
-            )
-    model.mask_decoder.requires_grad_(True)
-    return model
-
-
-class Adapter(nn.Module):
-    """A bottleneck with a skip, which starts as the identity (Houlsby et al., 2019)."""
-
-    def __init__(self, before: nn.Linear) -> None:
-        super().__init__()
-        width = before.out_features
-        self.down = nn.Linear(width, width // 4, device=before.weight.device)
-        self.up = nn.Linear(width // 4, width, device=before.weight.device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x plus its image through the bottleneck."""
-        return x + self.up(F.gelu(self.down(x)))
 
 
 def _load_hf_sam(name: str, image_size: int | None) -> Sam:
