@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,22 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": metadata.version("triton") if platform.system() == "Linux" else "",
+        "triton": _triton_version(),
         "python": platform.python_version(),
         "commit": commit,
         # Of a copy without its history nobody knows.
         "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")) if commit else "",
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _triton_version() -> str:
+    """Return the version of Triton, whatever its distribution is called; nothing where there is none."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return ""
+    return str(triton.__version__)
 
 
 def cpu_name() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is Linux only")
+pytest.importorskip("triton", reason="pip install 'renyi-kd[triton]'")
 TARGETS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_90", "sm_100")), "gfx942"]
 FORMS = ("mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi")
 KERNELS = {

@@ -220,6 +220,11 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
     assert environment["dirty"] == ""
 
 
+def test_a_machine_without_triton_is_described(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert measure.environment()["triton"] == ""
+
+
 def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
     steps = gpu.steps(tmp_path)
     assert sum(step.seconds + gpu._SECONDS_TO_END for step in steps) <= 480

@@ -35,10 +35,9 @@ from tests.support.kernels import (
     textbook_scores,
     value_and_gradients,
 )
-from tests.support.launches import launches
 from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 
-batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="Triton is Linux only")
+batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="pip install 'renyi-kd[triton]'")
 import renyi_kd.ops.feature_terms.triton  # noqa: E402  (operators are known from here on)
 import renyi_kd.ops.gram_terms.triton  # noqa: E402, F401
 from renyi_kd.ops.feature_terms import teacher_kernel  # noqa: E402
@@ -47,6 +46,7 @@ from renyi_kd.ops.gram_terms import launch as gram_terms_launch  # noqa: E402
 from renyi_kd.ops.relation_directions import triton as relation_directions_triton  # noqa: E402
 from renyi_kd.ops.relation_scores import reference as relation_scores_reference  # noqa: E402
 from renyi_kd.ops.relation_scores import triton as relation_scores_triton  # noqa: E402
+from tests.support.launches import launches  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -1201,8 +1201,9 @@ def tensor_on_a_gpu() -> Tensor:
         return torch.ones(2, device="cuda:0")
 
 
-@pytest.mark.parametrize("error", [ImportError("no libtriton"), OSError("bad ELF")], ids=repr)
-def test_a_broken_triton_is_named(error, monkeypatch):
+def import_triton_as(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every import of Triton fail with an error."""
+
     class Broken:
         def find_spec(self, name, path=None, target=None):
             if name.startswith("triton"):
@@ -1211,12 +1212,27 @@ def test_a_broken_triton_is_named(error, monkeypatch):
     for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+
+
+@pytest.mark.parametrize("error", [ImportError("no libtriton"), OSError("bad ELF")], ids=repr)
+def test_a_broken_triton_is_named(error, monkeypatch):
+    import_triton_as(error, monkeypatch)
     with pytest.raises(
         RuntimeError, match=rf"got a Triton that cannot be imported \({type(error).__name__}: {error}\)"
     ):
         dispatch.resolve("triton", torch.ones(2))
     assert dispatch.resolve("auto", torch.ones(2)) == "reference"
     assert "cannot be imported" in dispatch.implementation(tensor_on_a_gpu()).reason
+
+
+def test_a_missing_triton_is_named_with_the_way_to_one(monkeypatch):
+    import_triton_as(ModuleNotFoundError("No module named 'triton'", name="triton"), monkeypatch)
+    with pytest.raises(
+        RuntimeError, match=r"got no Triton \(torch's builds for GPUs bring it; .*pip install 'renyi-kd\["
+    ):
+        dispatch.resolve("triton", torch.ones(2))
+    assert dispatch.resolve("auto", torch.ones(2)) == "reference"
+    assert "no Triton" in dispatch.implementation(tensor_on_a_gpu()).reason
 
 
 def test_an_old_triton_is_named(monkeypatch):

@@ -98,6 +98,8 @@ def _broken_triton() -> str:
         import triton.language
     # Whatever a Triton that does not fit the machine raises, auto has the reference to go on with.
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "no Triton (torch's builds for GPUs bring it; for any other: pip install 'renyi-kd[triton]')"
         return f"a Triton that cannot be imported ({type(error).__name__}: {error})"
     return _older(triton.__version__, _OLDEST_TRITON)
 
