@@ -1,4 +1,4 @@
-"""Writes the measured tables of README and documents from the committed results, the newest row of each setting.
+"""Writes the measured tables of the documents from the committed results, the newest row of each setting.
 
 python -m benchmarks.readme
 """
@@ -6,6 +6,7 @@ python -m benchmarks.readme
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas
@@ -14,15 +15,16 @@ from benchmarks.files import whole_file
 from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
-from benchmarks.segmentation.rows import read
+from benchmarks.segmentation.rows import Row, read
 from benchmarks.segmentation.shares import shares_table as shares
 from benchmarks.segmentation.table import tables
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 
 
 def loss_table(rows: pandas.DataFrame) -> str:
-    """Return the table of forward + backward times as Markdown, with the machine and the commit."""
+    """Return the table of forward + backward times as Markdown, with the machine."""
     newest = newest_rows(rows, ["b", "layout", "provider"])
     own, textbook = (newest.xs(name, level="provider") for name in ("reference", "textbook"))
     table = pandas.DataFrame(
@@ -97,50 +99,57 @@ def memory(own: pandas.DataFrame, textbook: pandas.DataFrame) -> pandas.Series:
 
 
 def where(rows: pandas.DataFrame) -> str:
-    """Return on what the rows were measured, and at which commits."""
+    """Return on what the rows were measured; their commits stay in the rows."""
     devices = rows["device"] + ", " + rows["threads"] + " threads, torch " + rows["torch"]
-    return f"{' and '.join(devices.unique())}, commit {' and '.join(rows['commit'].unique())}"
+    return " and ".join(devices.unique())
 
 
 def spelled(column: str) -> str:
     return column.replace("_", " ")
 
 
-def segmentation_tables() -> str:
-    """Return means and differences of all committed runs of the comparison as Markdown."""
+def segmentation_tables(rows: Sequence[Row]) -> str:
+    """Return means and differences of all runs of the comparison as Markdown."""
     parts = []
-    for title, table in tables(read(ROOT / "benchmarks/results/segmentation")):
-        parts += [title, table.means(), "Differences in IoU, percent points:", table.differences("iou")]
+    for title, table in tables(rows):
+        # Means and differences are of many runs, whose rows have the commits.
+        heading = re.sub(r", commit [\w, ]+\.$", ".", title)
+        parts += [heading, table.means(), "Differences in IoU, percent points:", table.differences("iou")]
     return "\n\n".join(parts)
 
 
-# What is made of what, by document.
-DOCUMENTS = {
-    "README.md": {
-        "loss_cpu": loss_table,
-        "kernels_cpu": kernels_table,
-        "teachers_cpu": teachers_table,
-        "families": families_table,
-    },
+# What is made of what, by document: a table by its name, which is that of its rows.
+DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
     "docs/forms.md": {"shares": shares_table, "forms_cpu": forms_table},
+    "docs/models.md": {"families": families_table},
+    "docs/speed.md": {"loss_cpu": loss_table, "kernels_cpu": kernels_table, "teachers_cpu": teachers_table},
+    "docs/does_it_help.md": {"segmentation": segmentation_tables},
 }
 
 
 def with_tables(name: str, text: str) -> str:
-    """Return a document with its tables made anew."""
+    """Return a document with its tables made anew.
+
+    Raises:
+        ValueError: the document has not one place for each of its tables.
+
+    """
     for table, make in DOCUMENTS[name].items():
-        text = _with_table(text, table, make(read_rows(ROOT / f"benchmarks/results/{table}.csv")))
-    return _with_table(text, "segmentation", segmentation_tables()) if name == "README.md" else text
-
-
-def _with_table(readme: str, name: str, text: str) -> str:
-    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme, flags=re.DOTALL)
+        rows = RESULTS / table
+        made = make(read(rows) if rows.is_dir() else read_rows(rows.with_suffix(".csv")))
+        pattern = rf"(<!-- table: {table} -->\n).*?(<!-- end -->)"
+        text, places = re.subn(pattern, lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text, flags=re.DOTALL)
+        if places != 1:
+            raise ValueError(
+                f"readme: {name} must have one place for {table}, got {places}; put the lines "
+                f"'<!-- table: {table} -->' and '<!-- end -->' where it belongs"
+            )
+    return text
 
 
 if __name__ == "__main__":
-    for name in DOCUMENTS:
-        path = ROOT / name
-        text = with_tables(name, path.read_text())
+    for document in DOCUMENTS:
+        path = ROOT / document
+        text = with_tables(document, path.read_text())
         with whole_file(path) as temporary:
             temporary.write_text(text)

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,40 @@ def main(arguments: list[str] | None = None) -> int:
             batch = _function(options.batch)() if options.batch else _transformers_batch(model)
         print(report(model, batch, call=_function(options.call) if options.call else None))
     except (ImportError, AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
+        print(_explained(error), file=sys.stderr)
         return 1
     return 0
+
+
+def _explained(error: BaseException) -> str:
+    """Return an error's message, with its cause where the import of a package hides it."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if "torchvision" in str(cause) and not isinstance(cause, ModuleNotFoundError):
+            return (
+                "renyi_kd: torchvision must be built for the torch that is installed, got torchvision "
+                f"{_version('torchvision')} beside torch {torch.__version__} ({cause}), so that packages which look "
+                "for it cannot be imported; pip uninstall torchvision, which the SAMs of transformers do without, or "
+                "install both again from one index: pip install --force-reinstall torch torchvision"
+            )
+    if isinstance(error, ImportError) and causes and not str(error).startswith("renyi_kd:"):
+        return f"{error}; caused by {type(causes[-1]).__name__}: {causes[-1]}"
+    return str(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield what an error was raised from, and what that was raised from."""
+    cause = error.__cause__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _is_function(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Every SAM family, as its own package computes it: what the tap reads, gradients, prompts, compilation, refusals.
 
 A family whose package is not installed is skipped, with the command that brings it; with RENYI_KD_ALL_FAMILIES=1 it
-fails. RENYI_KD_WRITE_FAMILIES=1 writes what was found into the rows of the README's table.
+fails. RENYI_KD_WRITE_FAMILIES=1 writes what was found into the rows of the table in docs/models.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +155,59 @@ def test_as_a_command(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "must hold a mask decoder that is known, got Linear" in result.stderr
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_named(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")\n'
+    )
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n"
+    )
+    (tmp_path / "sam").mkdir()
+    (tmp_path / "sam/config.json").write_text('{"architectures": ["SamModel"], "model_type": "sam"}')
+    command = [sys.executable, "-m", "renyi_kd", "sam"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    said = result.stderr.splitlines()[-1]
+    assert "torchvision must be built for the torch that is installed" in said
+    assert f"got torchvision 0.1 beside torch {torch.__version__}" in said
+    assert "operator torchvision::nms does not exist" in said
+    assert "pip uninstall torchvision" in said
+    assert "Traceback" not in result.stderr
+
+
+def test_an_import_that_fails_for_another_reason_tells_the_cause(tmp_path, capsys, monkeypatch):
+    (tmp_path / "hidden_cause.py").write_text(
+        "try:\n    raise RuntimeError('no CUDA here')\nexcept RuntimeError as error:\n"
+        "    raise ImportError('could not import model') from error\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["hidden_cause:model"]) == 1
+    assert capsys.readouterr().err == "could not import model; caused by RuntimeError: no CUDA here\n"
+
+
+# The page that says what to do about every error of the taps and the teachers.
+
+
+def rules_of_errors() -> set[str]:
+    """Return what must hold by each message of an error, with ``...`` for what varies."""
+    rules = set()
+    for path in sorted([*ROOT.glob("renyi_kd/sam/*.py"), *ROOT.glob("renyi_kd/teachers/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [getattr(part, "value", "...") if isinstance(part, ast.Constant) else "..." for part in parts]
+            found = re.match(r"(\w+|\.\.\.): ([^\n]*? must [^\n]*?),( got| \.\.\.[:;])", "".join(map(str, texts)))
+            if found:
+                # A member of something that varies, and a varying member of it.
+                rules.add(re.sub(r"^\.{7}", "...", re.sub(r"\.{4}(?=\w)", ".", found[2])))
+    return rules
+
+
+def test_every_error_has_a_way_out_in_the_documents():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rules = rules_of_errors()
+    assert len(rules) > 70
+    assert {rule for rule in rules if f"| {rule} |" not in page} == set()
