@@ -38,26 +38,55 @@ from renyi_kd.ops.relation_directions.types import Relation, RelationWeights
 from renyi_kd.ops.relation_scores import triton as relation_scores
 
 
+class Cases(NamedTuple):
+    """The settings of the calls whose kernels are compiled.
+
+    Attributes:
+        dtypes: of features.
+        sizes: channels, height and width of maps.
+        samples: of the loss on features.
+        term_samples: of its terms on Grams, one for each size of a tile.
+        varied_samples: of its terms with a detached teacher or with weights, which add less than a form does.
+
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[tuple[int, int, int], ...]
+    samples: tuple[int, ...]
+    term_samples: tuple[int, ...]
+    varied_samples: tuple[int, ...]
+
+
+ALL = Cases(
+    (torch.float32, torch.bfloat16, torch.float16),
+    ((256, 64, 64), (100, 7, 9), (4096, 8, 8)),
+    (4, 32, 64),
+    (1, 2, 4, 16, 32, 64, 256),
+    (1, 64),
+)
+# What fits one target and not the next are large tiles, whole ones, in the widest and in a narrow dtype.
+LARGE = Cases((torch.float32, torch.bfloat16), ((256, 64, 64), (4096, 8, 8)), (4, 64), (64, 256), (64,))
+
+
 class Target(NamedTuple):
-    """A GPU to compile for, with the bytes of shared memory that a program can have there."""
+    """A GPU to compile for, the bytes of shared memory that a program can have there, and what is compiled."""
 
     gpu: GPUTarget
     shared_bytes: int
+    cases: Cases
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, LARGE),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ALL),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, LARGE),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, LARGE),
 }
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 WEIGHTS = RelationWeights._fields
-SAMPLES = (1, 2, 4, 16, 32, 64, 256)
-VARIED_SAMPLES = (1, 64)
 
 
 def recorder(launches: dict[str, tuple]) -> Callable[[Any, tuple[int, ...]], Callable[..., None]]:
@@ -107,27 +136,26 @@ class Arguments(NamedTuple):
         return POINTER[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
-def record() -> dict[str, tuple]:
+def record(cases: Cases) -> dict[str, tuple]:
     """Return the kernels with the kinds of their arguments, of calls as the loss makes them."""
     launches: dict[str, tuple] = {}
     with mock.patch.object(JITFunction, "__getitem__", recorder(launches)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for channels, height, width in ((256, 64, 64), (100, 7, 9), (4096, 8, 8)):
+        for dtype in cases.dtypes:
+            for channels, height, width in cases.sizes:
+                call_directions(channels, dtype)
                 x = torch.empty(2, channels, height, width, dtype=dtype)
                 for layout in (torch.contiguous_format, torch.channels_last):
                     call_scores(x.contiguous(memory_format=layout))
-            for channels in (100, 256, 4096):
-                call_directions(channels, dtype)
             for samples in (2, 16, 64):
                 rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
                 batch_gram.batch_gram(rows).sum().backward()
             call_moments(dtype)
-            for samples, layout in product((4, 32, 64), (torch.contiguous_format, torch.channels_last)):
+            for samples, layout in product(cases.samples, (torch.contiguous_format, torch.channels_last)):
                 call_loss(samples, dtype, layout, Objective())
             # Of pairs one will do.
             call_loss(1, dtype, torch.contiguous_format, Objective(distillation="jensen_renyi"), torch.empty(1))
-        for samples in SAMPLES:
-            call_terms(samples)
+        for samples in cases.term_samples:
+            call_terms(samples, (False, True) if samples in cases.varied_samples else (False,))
     return launches
 
 
@@ -164,11 +192,9 @@ def call_loss(
     feature_terms.feature_terms(pair, Relation(weights_of(256), 1e-5, 1e-5), objective).loss.backward()
 
 
-def call_terms(samples: int) -> None:
+def call_terms(samples: int, variants: tuple[bool, ...]) -> None:
     gram = torch.empty(samples, samples, dtype=torch.float64)
     teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
-    # What a detached teacher or weights add to a kernel is less than one without has: two sizes of them show it.
-    variants = (False, True) if samples in VARIED_SAMPLES else (False,)
     for form, varied in product(get_args(Distillation), variants):
         objective = Objective(distillation=form, detach_teacher_relation=varied)
         weight = torch.empty(samples) if varied and objective.compares_pairs else None
@@ -177,7 +203,7 @@ def call_terms(samples: int) -> None:
 
 def call_moments(dtype: torch.dtype) -> None:
     linear, polynomial, rbf = Linear(), Polynomial(), RBF(2.0)
-    for kernels in ([linear], [rbf], [polynomial], [linear] * 3, [linear, rbf, polynomial, rbf]):
+    for kernels in ([linear], [rbf], [linear, rbf, polynomial, rbf]):
         features = [torch.empty(128, 256, dtype=dtype, requires_grad=True) for _ in kernels]
         gram_moment.gram_moment(features, kernels).backward()
 
@@ -218,7 +244,7 @@ def main() -> None:
     target = TARGETS[parser.parse_args().target]
     # What the launchers ask of the build of PyTorch, answered for the target.
     with mock.patch.object(torch.version, "hip", "6.0" if target.gpu.backend == "hip" else None):
-        launches = record()
+        launches = record(target.cases)
     for kernel, arguments, options in launches.values():
         compiled = compile_ahead(kernel, arguments, options, target.gpu)
         row = {
