@@ -1,8 +1,8 @@
 """Matrix-based Rényi entropies: a Gram matrix in, bits out.
 
 The entropy of order alpha of n samples is that of the spectrum of their trace-normalised Gram matrix
-(Sanchez Giraldo, Rao & Principe 2015), and the joint entropy that of the Hadamard product of the Grams of several
-variables (Yu et al. 2019). Everything is computed in fp64, whatever the dtype of the Gram.
+(Sanchez Giraldo, Rao & Principe 2015). The joint entropy of several variables is that of the Hadamard product of their
+Grams (Yu et al. 2019). Everything is computed in fp64, whatever the dtype of the Gram.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
     r"""Return the Rényi entropy of order ``alpha``, in bits.
 
     With ``A = gram / tr(gram)`` and its eigenvalues l_i:  ``S_alpha(A) = log2(sum_i l_i^alpha) / (1 - alpha)``.
-    alpha = 1 is the limit ``-sum_i l_i log2 l_i``, alpha = inf the limit ``-log2 max_i l_i``, and alpha = 2 needs no
+    alpha = 1 is the limit ``-sum_i l_i log2 l_i``, and alpha = inf the limit ``-log2 max_i l_i``. alpha = 2 needs no
     eigenvalues: ``-log2 ||A||_F^2``. The value is between 0 (all samples alike) and log2 n (all orthogonal), and does
     not increase with alpha. Eigenvalues below rounding count as zero, so rank-deficient Grams are fine at any order.
 
@@ -29,7 +29,7 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
     Returns:
         ``[...]`` in bits, in the dtype of ``gram``, but at least fp32. Differentiable any number of times at
         alpha = 2; elsewhere as often as ``torch.linalg.eigvalsh`` is. Of a matrix with NaN or inf, or of trace zero,
-        value and gradient are NaN at every order, and those of the others in its batch are not touched.
+        value and gradient are NaN at every order. Those of the others in its batch are not touched.
 
     Raises:
         TypeError: ``gram`` is not a floating-point tensor.
@@ -112,8 +112,8 @@ def mutual_information(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
     """Return the matrix-based Rényi mutual information of two variables, in bits.
 
     ``I_alpha(A; B) = S_alpha(A) + S_alpha(B) - S_alpha(A, B)``. For Grams with constant diagonals it is at most
-    ``min(S(A), S(B))``, and ``I(A; A)`` is at most ``S(A)``. It is not negative at alpha = 1 only: at alpha = 2 the
-    0/1 Grams of the labels (0, 0, 0, 0, 1) and (0, 0, 0, 1, 0) give -.0716 bits. It obeys no data-processing
+    ``min(S(A), S(B))``, and ``I(A; A)`` is at most ``S(A)``. Only at alpha = 1 it cannot be negative. At alpha = 2
+    the 0/1 Grams of the labels (0, 0, 0, 0, 1) and (0, 0, 0, 1, 0) give -.0716 bits. It obeys no data-processing
     inequality and is not monotone in alpha, so it is never clamped here.
 
     Args:

@@ -30,8 +30,8 @@ def feature_entropy(
     Args:
         features: one to four variables, each ``[n, d_k]``, floating point, of the same n samples.
         kernel: of all variables, or one for each; see :func:`gram_matrix`. ``RBF("median")`` takes each variable's
-            bandwidth from at most 2,048 samples at equal distances in their order, as a constant: up to that number the
-            value is that of :func:`gram_matrix`, but no gradient flows through the median, and it waits for the device.
+            bandwidth from at most 2,048 samples at equal distances in their order, as a constant. Up to that number the
+            value is that of :func:`gram_matrix`. No gradient flows through the median, and it waits for the device.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
 
     Returns:

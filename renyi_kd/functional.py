@@ -31,8 +31,8 @@ def infosam_terms(
 ) -> InfoSAMTerms:
     r"""Return the InfoSAM loss of a batch and its two terms, in bits.
 
-    With S the Rényi entropy of order alpha over the s samples (image, prompt) of the batch, R the relation maps and
-    Z_I, Z_M the teacher's image features and mask tokens:
+    S is the Rényi entropy of order alpha over the s samples of the batch, each a pair of image and prompt. R are the
+    relation maps, Z_I and Z_M the teacher's image features and mask tokens:
 
         L_r = S(R_T) - S(Z_I, Z_M, R_T)        L_d = -I(R_T; R_S)        loss = lambda_r L_r + lambda_d L_d
 
@@ -40,8 +40,8 @@ def infosam_terms(
     loss couples all samples: that of a split batch is another loss, and needs at least two samples. L_d does not pull
     the student onto the teacher's relations: its minimum over the student has mutually orthogonal ones.
 
-    The forms that do are not in the paper. With G_T and G_S the relations' Grams at unit diagonal, t_ij and s_ij their
-    entries, and r_T, r_S the unit relation maps of one sample:
+    The forms that do are not in the paper. G_T and G_S are the relations' Grams at unit diagonal, with entries t_ij and
+    s_ij. r_T and r_S are the unit relation maps of one sample.
 
     ``distillation="cauchy_schwarz"``: the Cauchy-Schwarz divergence of the Grams,
 
@@ -49,9 +49,9 @@ def infosam_terms(
 
     It is symmetric; not negative but for rounding; zero, without gradient, exactly where the Grams are equal, even if
     both have collapsed; not blind to signs; and independent of alpha, which then orders L_r alone. Orthogonal Grams
-    (two samples that are alike to the teacher and opposite to the student) would make it infinite: where
-    <G_T, G_S> < 2^-20 s, which is nowhere below 40 bits, the logarithm goes on along its tangent, so that
-    L_d < 43 + 2 log2 s and every gradient is finite.
+    would make it infinite: two samples that are alike to the teacher and opposite to the student. So where
+    <G_T, G_S> < 2^-20 s, the logarithm goes on along its tangent. Nowhere does that begin below 40 bits. L_d stays
+    below 43 + 2 log2 s, and every gradient is finite.
 
     ``"debiased"``: mutual information less what each relation has with itself,
 
@@ -60,20 +60,20 @@ def infosam_terms(
     It is symmetric; not negative but for rounding; at alpha = 2 at most log2(s) / 2 and zero exactly where
     |s_ij| = |t_ij| for all pairs, without gradient; blind to signs, and unchanged where the whole batch is doubled. It
     needs alpha >= 2: below, it can be negative. It has local minima above zero, where signs of cosines contradict one
-    another: far from the teacher a student may end there, as ``benchmarks/descent.py`` shows of one drawn at random.
+    another. A student far from the teacher may end there: ``benchmarks/descent.py`` shows one drawn at random.
 
     ``"jensen_renyi"``: the Jensen-Rényi divergence of order 2 of each sample's two relations, in its mean over samples,
 
         L_d = mean_i w_i (1 - log2(1 + <r_T,i, r_S,i>^2))
 
     It is in [0, 1] bits for weights w_i = 1: 0 where the maps are equal but for scale and sign, 1 where they are
-    orthogonal, theta^2 / (2 ln 2) at a small angle. It compares no sample with another: one will do (L_r of one is 0),
-    and a mean over micro-batches or processes of as many samples is the loss of them all. Samples of a bank join L_r
-    alone. The relation module is a constant in it, as it could make any two maps alike by forgetting the features. So
-    with ``lambda_r=0`` nothing trains the module: leave it out of the optimiser, whose weight decay would still move
+    orthogonal. At a small angle it is theta^2 / (2 ln 2). It compares no sample with another, so one will do; L_r of
+    one is 0. A mean over micro-batches or processes of as many samples is the loss of them all. Samples of a bank join
+    L_r alone. The relation module is a constant in it, as it could make any two maps alike by forgetting the features.
+    So with ``lambda_r=0`` nothing trains the module: leave it out of the optimiser, whose weight decay would still move
     it. As it is initialised, its relation is close to the inner product of the normalised token and pixels, which needs
-    no parameters: the projections add 1/48 of a token's length to it at 256 channels, which leaves the maps a cosine of
-    .9998 where pixels are uncorrelated, and above .99 where they have most in common.
+    no parameters. At 256 channels the projections add 1/48 of a token's length to it. The maps keep a cosine of .9998
+    where pixels are uncorrelated, and above .99 where they have most in common.
 
     Args:
         relation: the module that teacher and student share.
@@ -85,10 +85,10 @@ def infosam_terms(
         distillation: the form of L_d: ``"mutual_information"``, the paper's, ``"cauchy_schwarz"``, ``"debiased"`` or
             ``"jensen_renyi"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
-        sample_weight: ``[s]``, on the device of the features, not negative: w_i of ``"jensen_renyi"``, such as the
-            teacher's IoU with the truth, so that a wrong teacher is not followed. The mean is over the number of
-            samples, not over the sum of weights, so that weights matter in a batch of one. Zeros for all samples give
-            L_d = 0, which ``check_finite`` refuses.
+        sample_weight: ``[s]``, on the device of the features, not negative: w_i of ``"jensen_renyi"``. With the
+            teacher's IoU with the truth, a wrong teacher is not followed. The mean is over the number of samples, not
+            over the sum of weights, so that weights matter in a batch of one. Zeros for all samples give L_d = 0,
+            which ``check_finite`` refuses.
         global_batch: whether the loss is that of the samples of all processes of the default group together. Each has
             samples of its own, of which a single one will do, and calls the loss as often as the others, in validation
             too. Right where gradients are averaged over these processes, those of the relation module too, as DDP and
@@ -101,10 +101,10 @@ def infosam_terms(
 
     Raises:
         TypeError: a feature or ``sample_weight`` is not a floating-point tensor.
-        ValueError: shapes, devices or indices do not fit, also between processes, there are fewer than two samples
-            where the form compares them, nothing of the student requires grad (while gradients are on), an argument is
-            out of its range, there are weights in another form than ``"jensen_renyi"`` or negative ones, or, under
-            ``check_finite``, a feature is not finite or all weights are zero. Weights on another device than the CPU
+        ValueError: shapes, devices or indices do not fit, also between processes. There are fewer than two samples
+            where the form compares them. Nothing of the student requires grad while gradients are on. An argument is
+            out of its range. Weights are negative, or the form is another than ``"jensen_renyi"``. Under
+            ``check_finite``: a feature is not finite, or all weights are zero. Weights on another device than the CPU
             are looked at under ``check_finite`` alone. Under ``global_batch``, features of teacher and student that do
             not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
 

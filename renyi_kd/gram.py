@@ -25,14 +25,14 @@ class Linear:
 class RBF:
     """The kernel ``exp(-||x_i - x_j||^2 / (2 bandwidth^2))``.
 
-    Samples may lie any number of bandwidths apart: distances of fp64 features are those of their differences, and those
-    of others are expanded in fp64, which has more digits than they can lose. The Triton kernel of
-    :func:`feature_entropy` expands them in fp32: where features reach R > 3 bandwidths from their mean, it is off by up
-    to ``1e-7 R^2`` bits. Take ``impl="reference"`` for R above a hundred.
+    Samples may lie any number of bandwidths apart. Distances of fp64 features are those of their differences; those of
+    others are expanded in fp64, which has more digits than they can lose. The Triton kernel of :func:`feature_entropy`
+    expands them in fp32. Where features reach R > 3 bandwidths from their mean, it is off by up to ``1e-7 R^2`` bits.
+    Take ``impl="reference"`` for R above a hundred.
 
     Args:
         bandwidth: in the unit of the features, above 0. ``"median"``: the square root of the median squared distance
-            over the pairs i < j (the lower of the two middle values of an even number), and 1 where that is zero.
+            over the pairs i < j, and 1 where that is zero. Of an even number of pairs, the lower middle value counts.
 
     Raises:
         ValueError: ``bandwidth`` is neither.
@@ -118,8 +118,9 @@ def known_kernel(function: str, kernel: KernelName | KnownKernel, way_out: str) 
 def gram_matrix(features: Tensor, kernel: Kernel = "linear") -> Tensor:
     r"""Return the Gram matrix of n samples, normalised to a unit diagonal.
 
-    ``K_ij / sqrt(K_ii K_jj)``. A sample with ``K_ii = 0`` (under the linear kernel: a zero feature) has no direction:
-    it is taken as orthogonal to every other, so the diagonal is 1 throughout and the laws of the joint entropy hold.
+    ``K_ij / sqrt(K_ii K_jj)``. A sample with ``K_ii = 0``, such as a zero feature under the linear kernel, has no
+    direction. It is taken as orthogonal to every other. So the diagonal is 1 throughout, and the laws of the joint
+    entropy hold.
 
     Args:
         features: ``[..., n, d]``, floating point.

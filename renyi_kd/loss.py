@@ -32,7 +32,7 @@ class InfoSAMLoss(nn.Module):
     """The InfoSAM loss as a module: ``loss += infosam_loss(teacher, student, batch)``.
 
     It owns the relation module, whose parameters belong in the optimiser beside the student's:
-    ``AdamW([*trainable, *infosam_loss.parameters()])``, and its state dict is that of the relation module under
+    ``AdamW([*trainable, *infosam_loss.parameters()])``. Its state dict is that of the relation module under
     ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`. Weights, order and form are its
     ``objective``, which a schedule replaces; see :class:`Objective`.
 
@@ -43,9 +43,9 @@ class InfoSAMLoss(nn.Module):
         alpha: order of the entropies, in (0, inf].
         distillation: the form of L_d: ``"mutual_information"``, the paper's, or one that pulls the student's relations
             onto the teacher's: ``"cauchy_schwarz"``, ``"debiased"``, ``"jensen_renyi"``.
-        gradient_share: the share that the loss is to have in the gradient, as ``diagnostics`` tells it: the norm of its
-            own over that of the task's, at the image features or the mask tokens, whichever is larger. One weight of
-            both terms follows the measured share of earlier steps, whatever the scale of the task, the form or the
+        gradient_share: the share that the loss is to have in the gradient, as ``diagnostics`` tells it. That is the
+            norm of its own over that of the task's, at image features or mask tokens, whichever is larger. One weight
+            of both terms follows the measured share of earlier steps, whatever the scale of the task, the form or the
             batch; a factor of your own before the loss has no effect then. In (0, 10]; None leaves the weights as they
             are. The weight begins at 2^-10, and at most doubles from step to step. It is part of the state dict. In
             several processes every process calls the loss, as often as the others.
@@ -54,13 +54,13 @@ class InfoSAMLoss(nn.Module):
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
             DDP or FSDP like the model. Every process calls it, as often as the others, in validation too.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
-            of one, whose first step then gives 0. A step without gradient sees them too, and leaves none. The teacher's
-            maps of so many samples stay in memory; the state dict holds none.
+            of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
+            none. The teacher's maps of so many samples stay in memory; the state dict holds none.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
-        compare_inputs: whether images and prompts that reach teacher and student are compared: ``"first"`` in full in
-            the first steps and by number, shape and memory afterwards, ``"always"`` in full, which waits for the device
-            in every step, ``"never"`` not at all, for models that are meant to see different things. Prompts that are
-            masks are left out.
+        compare_inputs: whether images and prompts that reach teacher and student are compared. ``"first"``: in full in
+            the first steps, and by number, shape and memory afterwards. ``"always"``: in full, which waits for the
+            device in every step. ``"never"``: not at all, for models that are meant to see different things. Prompts
+            that are masks are left out.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
         generator: what the relation module is drawn from; None for a start that is always the same, see
             :class:`RelationModule`.
@@ -147,8 +147,8 @@ class InfoSAMLoss(nn.Module):
             teacher: the tap of the frozen model, :class:`AdapterDisabled`, :class:`CachedTeacher`, anything else with
                 ``observe(step)``, or :class:`SAMFeatures`.
             student: the tap of the model in training, or its :class:`SAMFeatures`.
-            batch: what the models run on. May be None if the student has run (the teacher then runs on what it ran
-                on, which may be several batches), or if no teacher has to run.
+            batch: what the models run on. May be None if the student has run; the teacher then runs on what it ran
+                on, which may be several batches. May be None too if no teacher has to run.
             sample_weight: ``[s]``: of the samples in ``"jensen_renyi"``, as in :func:`infosam_terms`.
 
         Raises:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def relation_figure(relations: Mapping[str, Tensor], images: Tensor | None = None) -> Figure:
     """Draw relation maps, a row per sample and a column per title, and below each column the histogram of its values.
 
-    Maps of one row share their colours, and all histograms their axes, so that columns can be compared: epochs of a
+    Maps of one row share their colours, and all histograms their axes. So columns can be compared: epochs of a
     training, teacher and student, with and without a term. A relation that collapses shows in rows that are all alike.
 
     Args:

@@ -22,9 +22,9 @@ class RelationModule(nn.Module):
     r"""Relation of mask tokens and image features, as InfoSAM defines it.
 
     With ``m = LN(z_m)``, ``Q = W_Q m + b_Q`` and ``K = W_K LN(z_i) + b_K`` the score of a pixel for a token is
-    ``Q . K / sqrt(D) + m . LN(z_i)``: no softmax. Computed as ``LN_0(z_i) . w + c``, with LN_0 the LayerNorm without
-    its affine part, ``u = W_K^T Q / sqrt(D) + m``, ``w = u gamma`` and ``c = Q . b_K / sqrt(D) + u . beta``: neither
-    the keys nor the normalised features are ever made. A state dict of the official module loads into this one.
+    ``Q . K / sqrt(D) + m . LN(z_i)``, without a softmax. It is computed as ``LN_0(z_i) . w + c``: LN_0 is the LayerNorm
+    without its affine part, ``u = W_K^T Q / sqrt(D) + m``, ``w = u gamma`` and ``c = Q . b_K / sqrt(D) + u . beta``.
+    Neither the keys nor the normalised features are ever made. A state dict of the official module loads into this one.
 
     Args:
         dim: channels of image features and mask tokens.

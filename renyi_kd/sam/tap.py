@@ -45,21 +45,21 @@ def tap(
 ) -> Tap:
     """Attach to a model so that the loss can read its image features and mask tokens.
 
-    The mask decoder is found by its structure, inside DDP, torch.compile and peft, and read
-    where no token index is needed: the image features are the decoder's ``image_embeddings`` argument, mask token i
-    is the input of hypernetwork MLP i. For any other model name both places.
+    The mask decoder is found by its structure, inside DDP, torch.compile and peft. It is read where no token index is
+    needed: the image features are the decoder's ``image_embeddings`` argument, mask token i is the input of
+    hypernetwork MLP i. For any other model name both places.
 
     Args:
         model: the module that the training loop calls, wrapped or not. Tap it before its first compiled call, and after
             peft or anything else has replaced its modules.
-        image_features: for a model that is not recognised, the path of the module whose output is the image features
+        image_features: for a model that is not recognised. The path of the module whose output is the image features
             ``[b, d, h, w]``, or ``(path, take)`` with a function that takes them from the output.
         mask_tokens: likewise, for mask tokens ``[s, n, d]``, ``[s, d]`` or ``[b, p, n, d]``; that module must run
             after the one of ``image_features``. With several prompts for each of several images only the last form
             tells which belongs to which.
         call: ``call(model, batch)`` runs the model where the batch is not what its forward takes.
-        replay_prompts: of a teacher, whether its prompt encoder is handed the points, labels and boxes that the
-            student's was, call by call: for a forward that draws its prompts, or makes others in eval mode.
+        replay_prompts: of a teacher, whether its prompt encoder is handed the student's points, labels and boxes, call
+            by call. For a forward that draws its prompts, or makes others in eval mode.
         decoder_loops_over_images: whether one call of the decoder makes a group of mask tokens for each of its images,
             in their order.
 
@@ -68,8 +68,8 @@ def tap(
 
     Raises:
         TypeError: ``model`` is not a module, or was made by ``torch.jit``; or a place is not a path.
-        ValueError: no mask decoder is found, a path names no module, only one of the two places is given, or a module
-            has a ``forward`` of its own that runs another model, as a deep copy of a compiled one has.
+        ValueError: no mask decoder is found, a path names no module, or only one of the two places is given. Or a
+            module has a ``forward`` of its own that runs another model, as a deep copy of a compiled one has.
 
     """
     settings = TapSettings(image_features, mask_tokens, call, replay_prompts, decoder_loops_over_images)
@@ -81,9 +81,9 @@ class Tap:
 
     Calling the tap runs the model; so does a loop of your own that calls the model or its parts: the hooks see both.
     Every decoder call since the loss was last computed is collected, with (image, prompt) pairs as samples, and taken
-    once. What runs without gradient is not collected: neither a validation nor a first pass inside the forward; nor
-    are the repeated calls of activation checkpointing, what a backward pass has already used when the next step
-    begins, and prompts that are the padding of transformers' processors.
+    once. What runs without gradient is not collected: neither a validation nor a first pass inside the forward. Nor
+    are the repeated calls of activation checkpointing, and prompts that are the padding of transformers' processors.
+    What a backward pass has already used when the next step begins is not collected either.
 
     The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
     tapped. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what

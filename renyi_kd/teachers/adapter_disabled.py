@@ -20,9 +20,9 @@ _MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterDisabled:
     """The student with its adapters and saved modules switched off: a teacher that needs no second copy of the weights.
 
-    Loss and gradients are those of a frozen copy of the pre-trained model, bit for bit, as long as everything that
-    is trained can be switched off: adapters and ``modules_to_save`` of peft (0.20 or later). Which parameters require
-    grad is as before after every run.
+    Loss and gradients are those of a frozen copy of the pre-trained model, bit for bit. Everything that is trained must
+    be something that can be switched off: adapters and ``modules_to_save`` of peft (0.20 or later). Which parameters
+    require grad is as before after every run.
 
     Args:
         student: the tap of the model in training.
@@ -31,7 +31,7 @@ class AdapterDisabled:
 
     Raises:
         TypeError: ``student`` is not a tap.
-        ValueError: no adapters of peft or transformers are found and ``disable`` is not given, or they began with a
+        ValueError: no adapters of peft or transformers are found, and ``disable`` is not given. Or they began with a
             part of the pre-trained weights (PiSSA, OLoRA, ...): without them the model is another.
 
     Cost: the teacher's forward, and the switching: some walks over all modules; no memory for weights.

@@ -37,9 +37,9 @@ class CachedTeacher:
     Args:
         teacher: the tap of the frozen model.
         folder: where the features lie, one file per image; several processes may share it.
-        sample_ids: the name under which a batch (or every dict of a list) holds one id per image, or a function from
-            the batch to the ids. An id stands for an image with its augmentations: what is flipped or cropped at
-            random needs an id of its own, or none of it.
+        sample_ids: the name under which a batch, or every dict of a list, holds one id per image. Or a function from
+            the batch to the ids. An id stands for an image with its augmentations. What is flipped or cropped at
+            random needs an id for each of its forms.
         preprocessing: anything that distinguishes how images are prepared, beside their size.
         encoder: the path of the image encoder; None for the first ``image_encoder`` or ``vision_encoder``.
         dtype: of the cached features, fp16 or bf16.
@@ -51,9 +51,9 @@ class CachedTeacher:
         ValueError: no encoder is found.
         ModuleNotFoundError: safetensors is not installed.
 
-    Cost: 2 bytes per number of all that the encoder returns: at 1024 pixels 2 MiB for an image of a SAM 1, 26 for
-    SAM-HQ and 86 for a SAM 2, whose encoder returns more levels and their position encodings. A read and a copy to the
-    device of that, and the decoder, per step. One image that is not cached yet runs the encoder on its whole batch.
+    Cost: 2 bytes per number of all that the encoder returns. At 1024 pixels that is 2 MiB for an image of a SAM 1, 26
+    for SAM-HQ, and 86 for a SAM 2, whose encoder returns more levels and their position encodings. A read and a copy to
+    the device of that, and the decoder, per step. One image that is not cached yet runs the encoder on its whole batch.
 
     """
 
