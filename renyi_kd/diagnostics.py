@@ -21,9 +21,9 @@ class RelationDiagnostics(NamedTuple):
             sample) to 1 (alike).
         student_similarity: likewise for the student. Far from the teacher's, the student is driven away from it.
         image_features_share: norm of the gradient of the loss, with its weights, over that of the task at the student's
-            image features, ``[]``; an estimate from some channels of a large map. What comes back to them
-            through the mask tokens and the decoder counts as the task's. None before the backward, without gradient,
-            of features given by a function that computed them, and under torch.compile; inf without a task.
+            image features, ``[]``; an estimate from some channels of a large map. What comes back to them through the
+            mask tokens and the decoder counts as the task's. None before the backward, without gradient, of features
+            given by a function that computed them, and under torch.compile; inf without a task.
         mask_tokens_share: likewise at the mask tokens, those that the loss does not read among them; exact.
 
     """

@@ -103,7 +103,7 @@ def infosam_terms(
         TypeError: a feature or ``sample_weight`` is not a floating-point tensor.
         ValueError: shapes, devices or indices do not fit, also between processes. There are fewer than two samples
             where the form compares them. Nothing of the student requires grad while gradients are on. An argument is
-            out of its range. Weights are negative, or the form is another than ``"jensen_renyi"``. Under
+            out of its range. Weights are negative, or given to another form than ``"jensen_renyi"``. Under
             ``check_finite``: a feature is not finite, or all weights are zero. Weights on another device than the CPU
             are looked at under ``check_finite`` alone. Under ``global_batch``, features of teacher and student that do
             not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.

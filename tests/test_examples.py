@@ -93,6 +93,11 @@ def test_notebook_is_small_and_was_run_in_order():
     assert counts in (list(range(1, len(counts) + 1)), [None] * len(counts))
 
 
+def test_every_example_is_run():
+    """That of the README has tests of its own."""
+    assert {path.stem for path in FOLDER.glob("*.py")} == PRINTED.keys() | {"finetune", "__init__"}
+
+
 @pytest.mark.parametrize("name", PRINTED)
 def test_example_can_be_copied(name):
     text = (FOLDER / f"{name}.py").read_text()

@@ -204,8 +204,7 @@ def test_a_document_without_the_place_of_a_table_is_refused():
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if blocks_of(path)], ids=lambda path: path.name)
-def test_python_blocks_of_the_documents_run_in_order(namespace, path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_python_blocks_of_the_documents_run_in_order(namespace, path):
     namespace |= {
         "teacher": tap(namespace["pretrained_sam"]),
         "student": tap(namespace["finetuned_sam"]),

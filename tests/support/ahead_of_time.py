@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from renyi_kd.gram import RBF, Linear, Polynomial
+from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial
 from renyi_kd.objective import Distillation, Objective
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import triton as feature_terms
@@ -47,6 +47,7 @@ class Cases(NamedTuple):
         samples: of the loss on features.
         term_samples: of its terms on Grams; a tile is as large as the next power of two.
         varied_samples: of its terms with a detached teacher or with weights, which add less than a form does.
+        kernels: of the variables of an entropy.
 
     """
 
@@ -55,17 +56,28 @@ class Cases(NamedTuple):
     samples: tuple[int, ...]
     term_samples: tuple[int, ...]
     varied_samples: tuple[int, ...]
+    kernels: tuple[tuple[KnownKernel, ...], ...]
 
 
+LINEAR, POLYNOMIAL, RADIAL = Linear(), Polynomial(), RBF(2.0)
+MIXED = (LINEAR, RADIAL, POLYNOMIAL, RADIAL)
 ALL = Cases(
-    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float16),
     ((256, 64, 64), (100, 7, 9), (4096, 8, 8)),
     (4, 32, 64),
-    (1, 4, 16, 64, 256),
+    (1, 2, 4, 16, 32, 64, 256),
     (1, 64),
+    ((LINEAR,), (RADIAL,), (POLYNOMIAL,), (LINEAR,) * 3, MIXED),
 )
 # What fits one target and not the next are large tiles, whole ones, in the widest and in a narrow dtype.
-LARGE = Cases((torch.float32, torch.bfloat16), ((256, 64, 64), (4096, 8, 8)), (4, 64), (64, 256), (64,))
+LARGE = Cases(
+    (torch.float32, torch.bfloat16),
+    ((256, 64, 64), (4096, 8, 8)),
+    (4, 64),
+    (64, 256),
+    (64,),
+    ((LINEAR,), (RADIAL,), MIXED),
+)
 
 
 class Target(NamedTuple):
@@ -149,7 +161,7 @@ def record(cases: Cases) -> dict[str, tuple]:
             for samples in (2, 16, 64):
                 rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
                 batch_gram.batch_gram(rows).sum().backward()
-            call_moments(dtype)
+            call_moments(dtype, cases.kernels)
             for samples, layout in product(cases.samples, (torch.contiguous_format, torch.channels_last)):
                 call_loss(samples, dtype, layout, Objective())
             # Of pairs one will do.
@@ -201,9 +213,8 @@ def call_terms(samples: int, variants: tuple[bool, ...]) -> None:
         gram_terms.gram_terms(gram, gram, teacher, student, objective, weight).loss.backward()
 
 
-def call_moments(dtype: torch.dtype) -> None:
-    linear, polynomial, rbf = Linear(), Polynomial(), RBF(2.0)
-    for kernels in ([linear], [rbf], [linear, rbf, polynomial, rbf]):
+def call_moments(dtype: torch.dtype, combinations: tuple[tuple[KnownKernel, ...], ...]) -> None:
+    for kernels in combinations:
         features = [torch.empty(128, 256, dtype=dtype, requires_grad=True) for _ in kernels]
         gram_moment.gram_moment(features, kernels).backward()
 

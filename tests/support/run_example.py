@@ -12,7 +12,6 @@ import runpy
 import sys
 from pathlib import Path
 
-# The one place that knows where it lies.
 from benchmarks.torchvision_compat import ensure_importable
 
 
