@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -91,7 +93,39 @@ def _function(name: str) -> Any:
     module, _, function = name.partition(":")
     if not function:
         raise ValueError(f"renyi_kd: a function must be given as module:function, got {name!r}; as in train:make_model")
-    return getattr(importlib.import_module(module), function)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ImportError(
+            f"renyi_kd: {module!r} must be a module of this folder or an installed one, got none of that name; "
+            "run the command where the file lies, and leave .py out"
+        ) from error
+    if not hasattr(found, function):
+        near = difflib.get_close_matches(function, dir(found))
+        raise AttributeError(
+            f"renyi_kd: {module} must hold what {name!r} names, got nothing called {function!r}; "
+            + (f"near it: {', '.join(near)}" if near else "name a function that it defines")
+        )
+    return getattr(found, function)
+
+
+def _check_name(name: str) -> None:
+    """Raise for what is neither a folder nor a possible name at the hub, and say so before the hub is asked."""
+    if Path(name).is_dir():
+        return
+    file = Path(name if name.endswith(".py") else f"{name}.py")
+    if file.is_file():
+        raise ValueError(
+            f"renyi_kd: a model of {file} must be named by its function, got {name!r}; as in {file.stem}:make_model"
+        )
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(
+            f"renyi_kd: the model must be a folder, a name at the Hugging Face hub or module:factory, got {name!r}, "
+            "which is no folder here; look at the path"
+        )
+    print(f"renyi_kd: no folder {name!r} is here, so it is looked up at the Hugging Face hub", file=sys.stderr)
 
 
 def _transformers_model(name: str) -> nn.Module:
@@ -102,6 +136,7 @@ def _transformers_model(name: str) -> nn.Module:
             f"renyi_kd: transformers must be installed to look at {name!r}, got none; "
             "pip install transformers, or name a function of yours: module:factory"
         ) from error
+    _check_name(name)
     config = transformers.AutoConfig.from_pretrained(name)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     # Structure and shapes need no weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
 
 Token = Literal["first", "all"] | int
+# Relations closer to one another than this leave gradients that are lost in those of any task.
+ALIKE = 0.9999
 
 
 class InfoSAMLoss(nn.Module):
@@ -221,6 +224,9 @@ class InfoSAMLoss(nn.Module):
         Raises:
             RuntimeError: the loss was not computed yet.
 
+        Warns:
+            UserWarning: the teacher's relations of all samples are alike, so that there is nothing to learn from them.
+
         """
         diagnostics = self.diagnostics()._asdict()
         assert self._last is not None
@@ -231,7 +237,16 @@ class InfoSAMLoss(nn.Module):
             "weight": self._last_weight,
             **diagnostics,
         }
-        return {name: value.item() for name, value in values.items() if value is not None}
+        numbers = {name: value.item() for name, value in values.items() if value is not None}
+        if numbers["teacher_similarity"] > ALIKE:
+            warnings.warn(
+                "InfoSAMLoss: the teacher's relations must differ from sample to sample, got teacher_similarity "
+                f"{numbers['teacher_similarity']:.4f}, so that the loss teaches nothing; load the pre-trained weights "
+                "into the teacher, or give it batches of different images or prompts",
+                UserWarning,
+                stacklevel=2,
+            )
+        return numbers
 
     def _weighed(self, terms: InfoSAMTerms, reads: Reads) -> InfoSAMTerms:
         """Return the terms with the weight that the share asks for, and with what measures the share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -561,6 +562,20 @@ def test_scalars_are_plain_numbers_of_the_last_step():
     assert scalars["loss"] == terms.loss.item()
     assert scalars["compression"] == terms.compression.item()
     assert scalars["mask_tokens_share"] == terms.diagnostics().mask_tokens_share.item()
+
+
+def test_scalars_warn_of_a_teacher_that_tells_no_samples_apart():
+    infosam, teacher, student = InfoSAMLoss(FEATURES), sam_features(seed=0), in_training(sam_features(seed=10))
+    one = SAMFeatures(*(value[:1].expand_as(value) for value in teacher[:2]))
+    infosam.terms(one, student)
+    with pytest.warns(UserWarning, match=r"must differ from sample to sample, got teacher_similarity 1.0000") as caught:
+        infosam.scalars()
+    # Of the line of the caller, so that Python says it once.
+    assert caught[0].filename == __file__
+    infosam.terms(teacher, student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert infosam.scalars()["teacher_similarity"] < 0.9
 
 
 def test_terms_keep_the_diagnostics_of_their_own_step():

@@ -134,8 +134,20 @@ def test_the_model_is_left_without_hooks():
     ("arguments", "pattern"),
     [
         (["torch.nn:Identity"], "tap: model must hold a mask decoder that is known, got Identity"),
-        (["nowhere:model"], "No module named 'nowhere'"),
-        (["torch.nn:Nothing"], "has no attribute 'Nothing'"),
+        (
+            ["nowhere:model"],
+            "'nowhere' must be a module of this folder or an installed one, got none of that name; run",
+        ),
+        (
+            ["torch.nn:Modul"],
+            "torch.nn must hold what 'torch.nn:Modul' names, got nothing called 'Modul'; near it: Module",
+        ),
+        (["torch.nn:qqqq"], "got nothing called 'qqqq'; name a function that it defines"),
+        (
+            ["runs/nowhere/sam"],
+            "must be a folder, a name at the Hugging Face hub or module:factory, got 'runs/nowhere/sam'",
+        ),
+        (["./sam"], "which is no folder here; look at the path"),
         ([f"{MODELS}:hf_batch"], "must return a torch.nn.Module, got dict"),
         (["tests.test_report:fails"], "no such checkpoint"),
         ([f"{MODELS}:hf_sam", "--batch", "hf_batch"], "must be given as module:function, got 'hf_batch'"),
@@ -147,6 +159,31 @@ def test_what_does_not_attach_is_one_line_and_status_one(arguments, pattern, cap
     assert captured.out == ""
     assert pattern in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("name", ["train", "train.py"])
+def test_a_file_is_named_by_its_function(name, tmp_path, capsys, monkeypatch):
+    (tmp_path / "train.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert main([name]) == 1
+    said = f"renyi_kd: a model of train.py must be named by its function, got {name!r}; as in train:make_model\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_module_that_a_module_lacks_is_named_as_it_is(tmp_path, capsys, monkeypatch):
+    (tmp_path / "lacks_a_module.py").write_text("import nowhere_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["lacks_a_module:model"]) == 1
+    assert capsys.readouterr().err == "No module named 'nowhere_at_all'\n"
+
+
+def test_the_hub_is_announced(capsys, monkeypatch):
+    # A wrong name waits for the hub for a while.
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda _name: fails())
+    assert main(["somebody/sam"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "renyi_kd: no folder 'somebody/sam' is here, so it is looked up at the Hugging Face hub"
+    assert "no such checkpoint" in second
 
 
 def test_as_a_command(tmp_path):
