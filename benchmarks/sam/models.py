@@ -117,13 +117,13 @@ def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
         raise ModuleNotFoundError(f"{error}; --model mobile_sam needs: pip install mobilesam-lite") from error
     from safetensors.torch import load_file
 
-    model = _mobile_sam_at(image_size, build_sam_vit_t())
+    model = mobile_sam_at(image_size, build_sam_vit_t())
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     # eval() again: TinyViT's attention computes its biases there, and its builder did so before the weights came.
     return Sam(model.eval(), segment_meta, image_size, 256)
 
 
-def _mobile_sam_at(image_size: int, model: nn.Module) -> nn.Module:
+def mobile_sam_at(image_size: int, model: nn.Module) -> nn.Module:
     """Return the model for inputs of a size: its weights are those of windows, and only its grids know the image."""
     encoder, side = model.image_encoder, image_size // 16
     for module in encoder.modules():
