@@ -59,7 +59,7 @@ def batch_of(b: int = 3, p: int = 2) -> dict[str, Tensor]:
 
 
 def mapped(observation: Observation, function) -> Observation:
-    (images, tokens, index), logits, layers = observation
+    (images, tokens, index), logits, layers = observation[:3]
     features = SAMFeatures(function(images), function(tokens), index)
     return Observation(features, function(logits), tuple(map(function, layers)))
 
@@ -69,7 +69,7 @@ def leaf(value: Tensor) -> Tensor:
 
 
 def leaves(observation: Observation) -> dict[str, tuple[Tensor, ...]]:
-    features, logits, layers = observation
+    features, logits, layers = observation[:3]
     return {MAP: (features.image_features,), TOKENS: (features.mask_tokens,), LOGITS: (logits,), LAYERS: layers}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.torchvision_compat import ensure_importable
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 JITTER = 0.05
+Change = Callable[[Image.Image, Image.Image], tuple[Image.Image, Image.Image]]
 
 
 def listed_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -46,8 +48,13 @@ def must_exist(path: Path, split: str) -> None:
         raise FileNotFoundError(f"{path}: listed in {split}.csv but missing; add it or remove its row")
 
 
-def prepared_pair(image_path: Path, mask_path: Path, size: int) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Return an image as SAM takes it, ``[3, S, S]``, and its foreground ``[h, w]`` without the padding."""
+def prepared_pair(
+    image_path: Path, mask_path: Path, size: int, change: Change | None = None
+) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return an image as SAM takes it, ``[3, S, S]``, and its foreground ``[h, w]`` without the padding.
+
+    ``change`` takes image and mask as they are in their files, and returns what is prepared in their place.
+    """
     image, mask = decoded(image_path, "RGB"), decoded(mask_path, "L")
     if image.size != mask.size:
         raise ValueError(
@@ -59,6 +66,8 @@ def prepared_pair(image_path: Path, mask_path: Path, size: int) -> tuple[Tensor,
             f"{image_path}: must be half a pixel wide and high or more at {size} px, got {image.size} (width, height); "
             "cut it into pieces or remove its row"
         )
+    if change is not None:
+        image, mask = change(image, mask)
     prepared = image_processor(size)(image, segmentation_maps=np.asarray(mask), return_tensors="pt")
     height, width = prepared["reshaped_input_sizes"][0].tolist()
     return prepared["pixel_values"][0], prepared["labels"][0, :height, :width].numpy() > 127

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,17 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.sam.data import box_around, decoded, listed_paths, must_exist, on_canvas, point_inside, prepared_pair
+from benchmarks.sam.data import (
+    Change,
+    box_around,
+    decoded,
+    listed_paths,
+    must_exist,
+    on_canvas,
+    point_inside,
+    prepared_pair,
+)
+from benchmarks.segmentation.augmentation import flipped_and_cropped
 
 Item = dict[str, Tensor | str]
 Pair = tuple[Path, Path]
@@ -39,6 +50,8 @@ class MaskDataset(Dataset[Item]):
         limit: at most so many of the images listed, evenly spaced over the list.
         seed: of the prompts in training.
         n_points: one point is the farthest from the outline, more are spread over the inner half of the mask.
+        pairs: image and mask files to use in place of those that ``<split>.csv`` lists.
+        augment: in training, flip and crop every image at random.
         on_bad: "stop" at the first bad pair, or "skip" it and keep the reason in ``skipped``.
 
     Raises:
@@ -57,6 +70,8 @@ class MaskDataset(Dataset[Item]):
         limit: int | None = None,
         seed: int = 0,
         n_points: int = 1,
+        pairs: Sequence[Pair] | None = None,
+        augment: bool = False,
         on_bad: Literal["stop", "skip"] = "stop",
     ) -> None:
         for name, value in (("size", size), ("limit", limit), ("n_points", n_points)):
@@ -64,11 +79,11 @@ class MaskDataset(Dataset[Item]):
                 raise ValueError(f"MaskDataset: {name} must be at least 1, got {value}; raise it")
         if on_bad not in ("stop", "skip"):
             raise ValueError(f"MaskDataset: on_bad must be 'stop' or 'skip', got {on_bad!r}; choose one")
-        self.folder, self.training = folder, split == "train"
+        self.folder, self.training, self.augment = folder, split == "train", augment
         self.size, self.seed, self.n_points, self.epoch = size, seed, n_points, 0
         self.pairs: list[Pair] = []
         self.skipped: list[str] = []
-        for pair in evenly_spaced(listed_paths(folder, split), limit):
+        for pair in evenly_spaced(listed_paths(folder, split) if pairs is None else list(pairs), limit):
             error = fault(pair, split, size)
             if error is None:
                 self.pairs.append(pair)
@@ -86,10 +101,14 @@ class MaskDataset(Dataset[Item]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Item:
-        pixels, mask = pair_with_foreground(self.pairs[index], self.size)
-        sample_id = Path(os.path.relpath(self.pairs[index][0], self.folder)).as_posix()
+        return self.item(index, [self.seed, self.epoch, index])
+
+    def item(self, index: int, seeds: Sequence[int]) -> Item:
+        """Return an item whose augmentation and training prompts depend on ``seeds`` alone."""
+        rng, sample_id = np.random.default_rng(seeds), self.sample_id(index)
+        change = flipped_and_cropped(rng) if self.training and self.augment else self.change(sample_id)
+        pixels, mask = pair_with_foreground(self.pairs[index], self.size, change)
         if self.training:
-            rng = np.random.default_rng([self.seed, self.epoch, index])
             box, points = box_around(mask, rng), drawn(np.argwhere(mask), self.n_points, rng)
         else:
             box, points = box_around(mask, None), fixed_points(mask, self.n_points, sample_id)
@@ -102,6 +121,23 @@ class MaskDataset(Dataset[Item]):
             "input_labels": torch.ones(1, self.n_points).long(),
             "sample_id": sample_id,
         }
+
+    def sample_id(self, index: int) -> str:
+        """Return the path of an image relative to the folder."""
+        return Path(os.path.relpath(self.pairs[index][0], self.folder)).as_posix()
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Names of all images in their order."""
+        return [self.sample_id(index) for index in range(len(self))]
+
+    def change(self, sample_id: str) -> Change | None:
+        """Return what is done to an image before it is prepared, outside of training."""
+        return None
+
+    def original_masks(self, index: int) -> NDArray[np.bool_]:
+        """Return the masks ``[p, H, W]`` that the prompts of an item ask for, at the size of the file."""
+        return self.original_mask(index)[None]
 
     def original_mask(self, index: int) -> NDArray[np.bool_]:
         """Return the mask ``[H, W]`` at the size of its file."""
@@ -125,9 +161,9 @@ def fault(pair: Pair, split: str, size: int) -> FileNotFoundError | ValueError |
     return None
 
 
-def pair_with_foreground(pair: Pair, size: int) -> tuple[Tensor, NDArray[np.bool_]]:
+def pair_with_foreground(pair: Pair, size: int, change: Change | None = None) -> tuple[Tensor, NDArray[np.bool_]]:
     """Return an image and its mask as :func:`prepared_pair` does; a mask without foreground is named."""
-    pixels, mask = prepared_pair(*pair, size)
+    pixels, mask = prepared_pair(*pair, size, change)
     if not mask.any():
         raise ValueError(
             f"{pair[1]}: must have foreground, got no pixel above 127 at {size} px; store foreground as 255, scale "

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import math
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -17,26 +16,23 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.sam.models import load_sam
 from benchmarks.segmentation import plan
-from benchmarks.segmentation.data import MaskDataset
+from benchmarks.segmentation.data_sets import Data, DataSets
+from benchmarks.segmentation.evaluation import LAST, lacks
 from benchmarks.segmentation.options import EPOCHS, EPOCHS_OF_POINTS, Options
 from benchmarks.segmentation.relations import save_relations
 from benchmarks.segmentation.rows import Row, read, write
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
 from benchmarks.segmentation.shares import save_shares
-from benchmarks.segmentation.training import Run
+from benchmarks.segmentation.states import is_of_last, state_names
+from benchmarks.segmentation.training import NO_LOOKS, Looks, Run
 from renyi_kd.teachers.encoder_cache import fingerprint
 
-
-class Data(NamedTuple):
-    """A data set, as training and as test images."""
-
-    train: MaskDataset
-    test: MaskDataset
-    lists: str
+# Distillers and baselines that add no loss.
+WITHOUT_SHARE = ("none", "decoder_tenth", "output_tokens")
 
 
 class Grid:
-    """All combinations of a command line's data sets, PEFT methods, distillers and seeds, on one model.
+    """All combinations of a command line's data sets, methods, numbers of images, rates and seeds, on one model.
 
     Args:
         options: of the command line.
@@ -54,21 +50,24 @@ class Grid:
         sam = load_sam(options.model, options.weights, options.image_size)
         self.sam = sam._replace(model=sam.model.to(self.device))
         self.weights = fingerprint(sam.model)[:8]
-        self.data = {
-            folder.name: self._load(folder, options.train_images, options.test_images) for folder in options.data
-        }
-        for name, data in self.data.items():
-            for skipped in (*data.train.skipped, *data.test.skipped):
-                print(f"{name}: left out {skipped}", file=sys.stderr)
+        self.data = DataSets(options, self.sam.image_size)
+        for skipped in self.data.skipped():
+            print(skipped, file=sys.stderr)
         runs = [
-            self._settings(name, peft, distiller, seed)
-            for name in self.data
-            for peft in options.peft
-            for distiller in options.distiller
-            for seed in range(options.seeds)
+            self._settings(name, peft, distiller, seed, n_images, lr, share)
+            for name, peft, n_images, lr, distiller, share, seed in itertools.product(
+                self.data.names,
+                options.peft,
+                options.train_images,
+                options.lr,
+                options.distiller,
+                options.share,
+                range(options.seeds),
+            )
         ]
-        untrained = [self._settings(name, ZERO_SHOT, "none", 0) for name in self.data]
-        self.runs = plan.most_informative_first([*untrained, *runs])
+        untrained = [self._settings(name, ZERO_SHOT, "none", 0) for name in self.data.names]
+        # What has no distiller has no share, and is one run whatever the shares.
+        self.runs = plan.most_informative_first([*untrained, *dict.fromkeys(runs)])
 
     def run(self) -> int:
         """Do what is not done yet; return 1 if a run was skipped."""
@@ -115,8 +114,10 @@ class Grid:
     def relations(self) -> int:
         """Draw the relations of the first data set, method and seed, with and without L_r."""
         names = {"with L_r": "infosam", "without L_r": "infosam_no_lr"}
-        first = next(iter(self.data)), self.options.peft[0]
-        runs = {said: self._ready(self._settings(*first, distiller, 0)) for said, distiller in names.items()}
+        first = self.data.names[0], self.options.peft[0]
+        runs = {
+            said: self._ready(self._settings(*first, distiller, 0), looks=NO_LOOKS) for said, distiller in names.items()
+        }
         with tqdm(total=sum(run.length for run in runs.values()), unit="it", desc=", ".join(first)) as bar:
             paths = save_relations(runs, self.options.out, bar.update)
         print(f"written: {', '.join(map(str, paths))}")
@@ -126,9 +127,9 @@ class Grid:
         """Write the share of InfoSAM in the gradient, step by step, for every data set and distiller."""
         options = self.options
         path = options.out / "shares.csv"
-        for name in self.data:
+        for name in self.data.names:
             for distiller in options.distiller:
-                run = self._ready(self._settings(name, options.peft[0], distiller, 0))
+                run = self._ready(self._settings(name, options.peft[0], distiller, 0), looks=NO_LOOKS)
                 with tqdm(total=run.length, unit="it", desc=f"{name}, {distiller}") as bar:
                     save_shares(run, path, bar.update)
         print(f"written: {path}")
@@ -136,75 +137,139 @@ class Grid:
 
     def todo(self) -> list[Settings]:
         """Return the runs that are left, in their order."""
-        done = {row.settings for row in self._rows()}
-        return [settings for settings in self.runs if settings not in done]
+        rows = self._rows()
+        done = {row.settings: row for row in rows}
+        # A model that is not trained is the same whatever the recipe.
+        untrained = {(*row.settings.test, row.settings.amp): row for row in rows if row.settings.peft == ZERO_SHOT}
+        left = []
+        for settings in self.runs:
+            zero_shot = settings.peft == ZERO_SHOT
+            row = untrained.get((*settings.test, settings.amp)) if zero_shot else done.get(settings)
+            if row is None or lacks(row.also, self._looks(settings).tested, self._states(settings)):
+                left.append(settings)
+        return left
 
     def _rows(self) -> list[Row]:
         return read(self.options.out)
 
-    def _settings(self, name: str, peft: str, distiller: str, seed: int) -> Settings:
+    def _settings(
+        self,
+        name: str,
+        peft: str,
+        distiller: str,
+        seed: int,
+        n_images: int | None = None,
+        lr: float | None = None,
+        share: float | None = None,
+    ) -> Settings:
+        """Return the settings of a run; the first of the rates and so on where none is given."""
         options = self.options
         points = name in options.five_points
+        share = options.share[0] if share is None else share
         return Settings(
             model=Path(options.model).name,
             weights=self.weights,
             data=name,
-            lists=self.data[name].lists,
+            lists=self.data.lists(name),
             peft=peft,
             distiller=distiller,
             seed=seed,
             image_size=self.sam.image_size,
-            train_images=options.train_images,
+            train_images=options.train_images[0] if n_images is None else n_images,
             test_images=options.test_images,
-            epochs=options.epochs or (EPOCHS_OF_POINTS if points else EPOCHS),
+            epochs=(options.epochs or (EPOCHS_OF_POINTS if points else EPOCHS)) if not options.steps else 0,
             batch_size=options.batch_size,
-            lr=options.lr,
+            lr=options.lr[0] if lr is None else lr,
             prompt="points" if points else "box",
             amp=options.amp,
+            steps=options.steps or 0,
+            draw_images=options.draw_images,
+            augment=options.augment,
+            held_out=options.validation_images if options.validation == "few" else 0,
+            share=share if distiller not in WITHOUT_SHARE else 0.0,
         )
 
-    def _load(self, folder: Path, train_images: int, test_images: int) -> Data:
+    def _looks(self, settings: Settings) -> Looks:
         options = self.options
-        shared = {
-            "size": self.sam.image_size,
-            "n_points": 5 if folder.name in options.five_points else 1,
-            "on_bad": options.on_bad,
-        }
-        train = MaskDataset(folder, "train", limit=train_images or None, **shared)
-        test = MaskDataset(folder, "test", limit=test_images or None, **shared)
-        if len(train) < options.batch_size:
-            raise ValueError(
-                f"{folder}: train.csv must list at least a batch of usable images, got {len(train)} for --batch-size "
-                f"{options.batch_size}; lower it"
-            )
-        text = b"".join((folder / f"{split}.csv").read_bytes() for split in ("train", "test"))
-        return Data(train, test, hashlib.blake2b(text, digest_size=4).hexdigest())
+        return Looks(self.data.tested(settings), options.states, options.ema, options.wise)
 
-    def _ready(self, settings: Settings, data: Data | None = None) -> Run:
-        data = data or self.data[settings.data]
+    def _states(self, settings: Settings) -> list[str]:
+        if settings.peft == ZERO_SHOT:
+            return [LAST]
+        return state_names(self.options.states, self.options.ema, self.options.wise)
+
+    def _ready(self, settings: Settings, data: Data | None = None, looks: Looks | None = None) -> Run:
+        options = self.options
+        data = data or self.data.of(settings)
         data.train.seed = settings.seed
-        cache = self.options.cache or self.options.out / "cache"
+        # Every form of a flipped and cropped image would be kept.
+        folder = None if settings.augment else options.cache or options.out / "cache"
+        cache = folder and folder / f"{settings.model}-{settings.weights}-{settings.image_size}" / settings.data
+        weights, before = self._weights_file(settings), None
+        if looks is None:
+            before = self._before(settings, weights)
         return Run(
             settings,
             self.sam,
             data.train,
             data.test,
-            cache=cache / f"{settings.model}-{settings.weights}-{settings.image_size}" / settings.data,
+            cache=cache,
             device=self.device,
-            workers=self.options.workers,
+            workers=options.workers,
+            looks=self._looks(settings) if looks is None else looks,
+            weights=weights if options.save_weights or before is not None else None,
+            before=before,
         )
+
+    def _weights_file(self, settings: Settings) -> Path:
+        return self.options.out / "weights" / Path(settings.file_name).with_suffix(".safetensors").name
+
+    def _before(self, settings: Settings, weights: Path) -> Row | None:
+        """Return the finished run of these settings whose weights are at hand, if they can tell what it lacks.
+
+        Raises:
+            RuntimeError: it has to be trained again, and would lose results.
+
+        """
+        row = next((row for row in self._rows() if row.settings == settings), None)
+        if row is None:
+            return None
+        asked = {
+            name: set(one.states(self._states(settings))) for one in self.data.tested(settings) for name in one.keys
+        }
+        lacking = {
+            state for name, states in asked.items() for state in states - row.also.get(name, {"iou": {}})["iou"].keys()
+        }
+        if weights.is_file() and all(map(is_of_last, lacking)):
+            return row
+        for name, result in row.also.items():
+            if not result["iou"].keys() <= asked.get(name, set()):
+                raise RuntimeError(
+                    f"the run in {settings.file_name} must be asked for all results that it has, got a command without "
+                    f"{name}, {', '.join(result['iou'])}; add what is missing, or give another --out"
+                )
+        return None
 
     def _n_steps(self, settings: Settings) -> int:
         if settings.peft == ZERO_SHOT:
             return 0
-        return settings.epochs * (len(self.data[settings.data].train) // settings.batch_size)
+        return settings.steps or settings.epochs * (len(self.data.of(settings).train) // settings.batch_size)
+
+    def _n_looks(self, settings: Settings, *, per_prompt: bool) -> int:
+        """Return how many images are evaluated besides the test images, each as often as it is."""
+        return sum(
+            len(one.data) * (len(one.prompts) if per_prompt else 1) * len(one.states(self._states(settings)))
+            for one in self.data.tested(settings)
+        )
 
     def _length(self, settings: Settings) -> int:
-        return self._n_steps(settings) + len(self.data[settings.data].test)
+        n_images = len(self.data.of(settings).test) + self._n_looks(settings, per_prompt=False)
+        return self._n_steps(settings) + n_images
 
     def _estimate(self, settings: Settings, *, measure_if_unknown: bool = False) -> float | None:
         device = str(measure.environment(self.device.type)["device"])
-        n_steps, n_test = self._n_steps(settings), len(self.data[settings.data].test)
+        n_steps = self._n_steps(settings)
+        n_test = len(self.data.of(settings).test) + self._n_looks(settings, per_prompt=True)
         seconds = plan.estimate(settings, n_steps, n_test, self._rows(), device)
         if seconds is None and measure_if_unknown:
             step, image = self._measured
@@ -214,8 +279,8 @@ class Grid:
     @functools.cached_property
     def _measured(self) -> tuple[float, float]:
         """Seconds of a step and of a test image: of three steps and two images of the last run in the order."""
-        options, last = self.options, self.runs[-1]
+        last = self.runs[-1]
         print("no finished run tells how long one takes: three steps are made", file=sys.stderr)
-        folder = next(folder for folder in options.data if folder.name == last.data)
-        row = self._ready(dataclasses.replace(last, epochs=3), self._load(folder, options.batch_size, 2))()
+        short = dataclasses.replace(last, epochs=3, steps=3 if last.steps else 0)
+        row = self._ready(short, self.data.small(last), NO_LOOKS)()
         return row.training_seconds / row.steps, row.evaluation_seconds / len(row.images)

@@ -49,6 +49,32 @@ def image_metrics(logits: Tensor, inside: Tensor, mask: NDArray[np.bool_]) -> di
         ValueError: the shapes do not fit together, a logit in the image is not finite, or the mask has no foreground.
 
     """
+    resized = resized_logits(logits, inside, mask)
+    # The measures are of maps in 256 grey values, and two of them need exact zeros and ones: for the S-measure a
+    # quarter of 1e-9 without foreground is all wrong, and of .9999 nothing reaches an adaptive threshold of 1.
+    probability = (255 * resized.sigmoid().double()).round().numpy() / 255
+    values = {**saliency_metrics(probability, mask), **overlap_metrics(resized.numpy(), mask)}
+    # The E-measure divides by one pixel less than there are, as the original does: a perfect one is above 1.
+    return {name: min(float(values[name]), 1.0) for name in METRICS}
+
+
+def mean_iou(logits: Tensor, inside: Tensor, masks: NDArray[np.bool_]) -> float:
+    """Return the ``iou`` of :func:`image_metrics`, the mean over the masks ``[p, H, W]`` of an image.
+
+    Args:
+        logits: ``[p, S, S]``.
+        inside: ``[S, S]``.
+        masks: at their own size, bool, each with foreground.
+
+    """
+    pairs = zip(logits, masks, strict=True)
+    return float(
+        np.mean([overlap_metrics(resized_logits(one, inside, mask).numpy(), mask)["iou"] for one, mask in pairs])
+    )
+
+
+def resized_logits(logits: Tensor, inside: Tensor, mask: NDArray[np.bool_]) -> Tensor:
+    """Return logits ``[S, S]`` without their padding, at the size of a mask; raise as :func:`image_metrics` does."""
     if logits.ndim != 2 or inside.shape != logits.shape:
         raise ValueError(
             f"image_metrics: inside must have the shape [S, S] of logits, got {tuple(inside.shape)} and "
@@ -62,13 +88,7 @@ def image_metrics(logits: Tensor, inside: Tensor, mask: NDArray[np.bool_]) -> di
     cropped = logits.detach().float()[:height, :width]
     if not cropped.isfinite().all():
         raise ValueError("image_metrics: logits must be finite, got NaN or inf; lower the learning rate")
-    resized = F.interpolate(cropped[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0].cpu()
-    # The measures are of maps in 256 grey values, and two of them need exact zeros and ones: for the S-measure a
-    # quarter of 1e-9 without foreground is all wrong, and of .9999 nothing reaches an adaptive threshold of 1.
-    probability = (255 * resized.sigmoid().double()).round().numpy() / 255
-    values = {**saliency_metrics(probability, mask), **overlap_metrics(resized.numpy(), mask)}
-    # The E-measure divides by one pixel less than there are, as the original does: a perfect one is above 1.
-    return {name: min(float(values[name]), 1.0) for name in METRICS}
+    return F.interpolate(cropped[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0].cpu()
 
 
 def saliency_metrics(probability: NDArray[np.float64], mask: NDArray[np.bool_]) -> dict[str, float]:

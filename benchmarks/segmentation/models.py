@@ -21,14 +21,16 @@ class Watched:
     """A SAM under a tap, of which the mask logits and, if asked, maps of the encoder's stages are kept as well.
 
     ``watched(batch)`` runs the model; ``take()`` is what it computed, for the student, and ``observe(batch)`` runs it
-    as a teacher does: without gradient. With a ``cache`` the encoder of a teacher runs once per image.
+    as a teacher does: without gradient. With a ``cache`` the encoder of a teacher runs once per image. ``unwrapped`` is
+    the pre-trained model, whatever a PEFT method has put around it.
     """
 
     def __init__(self, model: nn.Module, sam: Sam, *, with_layers: bool = False, cache: Path | None = None) -> None:
-        self.model = model
+        self.model, self.unwrapped = model, sam.model
         self._segment = sam.segment
         self._logits: Tensor | None = None
         self._layers: list[Tensor] = []
+        self._outputs: list[Tensor] = []
         self._hooks = [stage.register_forward_hook(self._keep) for stage in stages(model)] if with_layers else []
         self.tap: Tap = tap(model, call=self._run)
         # The cache stands in for the encoder, so its stages would not be seen.
@@ -37,6 +39,7 @@ class Watched:
     def __call__(self, batch: Batch) -> Tensor:
         """Return mask logits ``[b, p, S, S]``."""
         self._layers.clear()
+        self._outputs.clear()
         return self.tap(batch)
 
     def take(self) -> Observation:
@@ -46,12 +49,14 @@ class Watched:
     def observe(self, batch: Batch) -> Observation:
         """Return what the model computes for a batch, without gradient."""
         self._layers.clear()
+        self._outputs.clear()
         return self._observation(self._teacher.observe(batch))
 
     def forget(self) -> None:
         """Drop what the last call computed."""
         self.tap.clear()
         self._layers.clear()
+        self._outputs.clear()
         self._logits = None
 
     def close(self) -> None:
@@ -65,12 +70,14 @@ class Watched:
         return self._logits
 
     def _observation(self, features: SAMFeatures) -> Observation:
-        observation = Observation(features, self._logits, tuple(self._layers))
+        observation = Observation(features, self._logits, tuple(self._layers), tuple(self._outputs))
         self.forget()
         return observation
 
     def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._layers.append(as_map(output[0] if isinstance(output, tuple) else output))
+        self._outputs.append(output[0] if isinstance(output, tuple) else output)
+        # While the model runs: made later, gradients would add up in another order, and runs differ in the last bits.
+        self._layers.append(as_map(self._outputs[-1]))
 
 
 def stages(model: nn.Module) -> list[nn.Module]:
@@ -110,3 +117,9 @@ def encoder_is_frozen(model: nn.Module) -> bool:
 def takes_embeddings(model: nn.Module) -> bool:
     """Return whether the decoder of the model wants the encoder's last map alone, as that of the first SAM does."""
     return type(model).__name__ in ("Sam", "SamModel")
+
+
+def image_embeddings(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Return what the image encoder makes of ``[b, 3, S, S]``, for a decoder that takes it."""
+    output = encoder_of(model, None)(pixel_values)
+    return output if isinstance(output, Tensor) else output[0]

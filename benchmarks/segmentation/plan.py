@@ -58,7 +58,7 @@ def estimate(settings: Settings, n_steps: int, n_test: int, rows: Sequence[Row],
         if row.environment["device"] == device
         and (row.settings.model, row.settings.image_size) == (settings.model, settings.image_size)
     ]
-    test = [row.evaluation_seconds / len(row.images) for row in same]
+    test = [row.evaluation_seconds / row.looks for row in same]
     trained = [row for row in same if row.steps]
     nearest = (
         [row for row in trained if (row.settings.peft, row.settings.distiller) == (settings.peft, settings.distiller)]

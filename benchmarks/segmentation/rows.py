@@ -26,6 +26,8 @@ class Row:
         evaluation_seconds: of all test images.
         skipped: images that could not be used, with the reason.
         environment: machine, versions and commit.
+        also: results beside those of the test images, by "name/prompt": ids of the images, and for every state of the
+            weights the IoU per image.
 
     """
 
@@ -38,6 +40,13 @@ class Row:
     evaluation_seconds: float
     skipped: Sequence[str]
     environment: dict[str, Any]
+    also: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def looks(self) -> int:
+        """Return how many images were evaluated, each as often as it was."""
+        others = (len(result["images"]) * len(result["iou"]) for result in self.also.values())
+        return len(self.images) + sum(others)
 
     def mean(self, metric: str) -> float:
         """Return a metric's mean over the images."""

@@ -12,6 +12,7 @@ from benchmarks.devices import Amp
 # PEFT in place of training: the pre-trained model as it is.
 ZERO_SHOT = "zero_shot"
 Prompt = Literal["box", "points"]
+_LATER = ("steps", "draw_images", "augment", "held_out", "share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Settings:
         lr: peak learning rate.
         prompt: "box", or "points" of which each image has five, also in training.
         amp: autocast: "off", "bf16" or "fp16".
+        steps: of the optimiser in place of ``epochs``; 0 for epochs.
+        draw_images: whether the seed also chooses the training images.
+        augment: whether training images are flipped and cropped.
+        held_out: so many of ``train_images`` are not trained on but kept for validation.
+        share: of the task's gradient that the distiller's has; 0 for the weights of its source.
 
     """
 
@@ -56,24 +62,43 @@ class Settings:
     lr: float = 2e-4
     prompt: Prompt = "box"
     amp: Amp = "off"
+    steps: int = 0
+    draw_images: bool = False
+    augment: bool = False
+    held_out: int = 0
+    share: float = 0.0
+
+    @property
+    def method(self) -> str:
+        """Return the distiller, with its share of the gradient where it has one."""
+        return f"{self.distiller} at {self.share:g}" if self.share else self.distiller
 
     @property
     def label(self) -> str:
-        """Return what a reader needs to tell runs of one recipe apart."""
-        trained = self.peft if self.peft == ZERO_SHOT else f"{self.peft}, {self.distiller}, seed {self.seed}"
+        """Return what a reader needs to tell the runs of one command apart."""
+        few = f"{self.train_images or 'all'} images, rate {self.lr:g}, " if self.draw_images or self.steps else ""
+        trained = self.peft if self.peft == ZERO_SHOT else f"{self.peft}, {few}{self.method}, seed {self.seed}"
         return f"{self.model}, {self.data}, {trained}"
 
     @property
     def file_name(self) -> str:
         """Return a name that is readable, and unlike for different settings."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        # A field that came later is left out at its default: files written before it keep their names.
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _LATER or getattr(self, field.name) != field.default
+        }
+        text = json.dumps(values, sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         return f"{self.data}-{self.model}-{self.peft}-{self.distiller}-{self.seed}-{digest}.json".replace("/", "_")
 
     @property
     def recipe(self) -> Settings:
         """Return what runs share that differ in method, distiller, seed and data only."""
-        return dataclasses.replace(self, peft="", distiller="", seed=0, data="", lists="", epochs=0, prompt="box")
+        return dataclasses.replace(
+            self, peft="", distiller="", seed=0, data="", lists="", epochs=0, prompt="box", share=0.0
+        )
 
     @property
     def test(self) -> tuple[str | int, ...]:

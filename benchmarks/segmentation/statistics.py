@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ class Difference(NamedTuple):
         high: upper end.
         n_seeds: 1 means that the interval speaks of this seed alone.
         n_images: of each seed.
+        p: probability of a mean as far from zero or farther, if the truth is zero.
+        detectable: the smallest true difference that so many seeds show four times in five; NaN of one seed.
 
     """
 
@@ -26,6 +30,8 @@ class Difference(NamedTuple):
     high: float
     n_seeds: int
     n_images: int
+    p: float
+    detectable: float
 
 
 def paired_difference(method: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95) -> Difference:
@@ -69,8 +75,49 @@ def paired_difference(method: ArrayLike, baseline: ArrayLike, *, confidence: flo
         freedom = both**2 / sum(square**2 / df for square, df in (seed, image, rest))
     else:
         both, freedom = max(seed, image)
-    width = stats.t.ppf(0.5 + confidence / 2, freedom) * math.sqrt(both / difference.size)
-    return Difference(mean, mean - width, mean + width, n_seeds, n_images)
+    error_of_mean = math.sqrt(both / difference.size)
+    width = stats.t.ppf(0.5 + confidence / 2, freedom) * error_of_mean
+    p = 2 * stats.t.sf(abs(mean) / error_of_mean, freedom) if error_of_mean else float(mean == 0)
+    detectable = detectable_deviations(n_seeds) * difference.mean(1).std(ddof=1) if n_seeds > 1 else math.nan
+    return Difference(mean, mean - width, mean + width, n_seeds, n_images, float(p), float(detectable))
+
+
+@functools.cache
+def detectable_deviations(n_seeds: int, *, level: float = 0.05, power: float = 0.8) -> float:
+    """Return the smallest difference that a paired t test shows, in standard deviations of the seeds' differences.
+
+    Args:
+        n_seeds: 2 or more.
+        level: of the test, two-sided.
+        power: how often the test is to show it.
+
+    """
+    from scipy import optimize, stats
+
+    freedom = n_seeds - 1
+    critical = stats.t.ppf(1 - level / 2, freedom)
+    # The deviation of the seeds over the true one, at evenly spaced probabilities: the noncentral t distribution of
+    # SciPy is NaN in a tail.
+    spread = np.sqrt(stats.chi2.ppf((np.arange(4096) + 0.5) / 4096, freedom) / freedom)
+
+    def lacking(shift: float) -> float:
+        shown = stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(-shift - critical * spread)
+        return float(power - shown.mean())
+
+    return float(optimize.brentq(lacking, 0, 10 * critical) / math.sqrt(n_seeds))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, in their order.
+
+    Source: Holm: A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def _mean_square(squares: float, df: int) -> tuple[float, int]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import pandas
 
 from benchmarks import peft_methods
 from benchmarks.markdown import markdown
-from benchmarks.segmentation import distillers
+from benchmarks.segmentation.baselines import BASELINES
+from benchmarks.segmentation.distillers import DISTILLERS
 from benchmarks.segmentation.rows import Row
+from benchmarks.segmentation.said import paired, said
 from benchmarks.segmentation.settings import ZERO_SHOT, Settings
-from benchmarks.segmentation.statistics import paired_difference
 
 # Those by which each domain is judged in the paper's tables, with the one that is compared here.
 METRICS_OF = {"kvasir_seg": ("s_measure", "e_adaptive", "iou"), "isic2018_task1": ("jaccard", "dice", "iou")}
@@ -48,7 +50,7 @@ class Table:
         scores = pandas.concat(
             [
                 pandas.DataFrame({"image": row.images, **row.metrics}).assign(
-                    peft=row.settings.peft, distiller=row.settings.distiller, column=place, seed=row.settings.seed
+                    peft=row.settings.peft, distiller=row.settings.method, column=place, seed=row.settings.seed
                 )
                 for row in rows
                 for place, column in enumerate(self.columns)
@@ -75,15 +77,16 @@ class Table:
         titles = [f"{self.columns[place].data} {NAMES[metric]}" for metric, place in cells]
         return markdown(_titled(shown.loc[self._methods(), cells].set_axis(titles, axis=1)))
 
-    def differences(self, metric: str, against: str = "none") -> str:
+    def differences(self, metric: str, against: str = "none", *, detectable: bool = False) -> str:
         """Return every distiller's paired difference from another with its confidence interval, as Markdown.
 
-        Only seeds and images that both have count. In percent points, 95 %.
+        Only seeds and images that both have count. In percent points, 95 %. On request with the smallest effect that
+        so many seeds show.
         """
         compared = [(peft, name) for peft, name in self._methods() if peft != ZERO_SHOT and name != against]
         cells = [
             [
-                _difference(*(self._values(peft, distiller, place, metric) for distiller in (name, against)))
+                _difference(*(self._values(peft, one, place, metric) for one in (name, against)), detectable=detectable)
                 for place in range(len(self.columns))
             ]
             for peft, name in compared
@@ -93,9 +96,10 @@ class Table:
         return markdown(_titled(table, f"{NAMES[metric]} less that of {against}"))
 
     def _methods(self) -> list[tuple[str, str]]:
-        order = {name: i for i, name in enumerate((ZERO_SHOT, *peft_methods.METHODS, *distillers.DISTILLERS))}
+        order = {name: i for i, name in enumerate((ZERO_SHOT, *peft_methods.METHODS, *DISTILLERS, *BASELINES))}
         found = set(self.scores.index.droplevel(["column", "seed", "image"]))
-        return sorted(found, key=lambda method: [order.get(name, len(order)) for name in method])
+        # A share stands behind its distiller's name.
+        return sorted(found, key=lambda method: [(order.get(name.split(" ")[0], len(order)), name) for name in method])
 
     def _values(self, peft: str, distiller: str, place: int, metric: str) -> pandas.DataFrame:
         """Return a metric of a method, seeds by images."""
@@ -117,17 +121,21 @@ def _title(rows: Sequence[Row]) -> str:
     settings = rows[0].settings
     images = f"{settings.train_images or 'all'} training and {settings.test_images or 'all'} test images"
     passes = ", ".join(dict.fromkeys(f"{row.settings.data} {row.settings.epochs}" for row in rows))
+    length = f"{settings.steps} steps" if settings.steps else f"epochs: {passes}"
+    drawn = ", drawn by the seed" if settings.draw_images else ""
+    changed = ", flips and crops" if settings.augment else ""
     where = ", ".join(dict.fromkeys(f"{row.environment['device']}, torch {row.environment['torch']}" for row in rows))
     commits = ", ".join(dict.fromkeys(str(row.environment["commit"]) for row in rows))
     return (
-        f"{settings.model} at {settings.image_size} pixels, {images} of each set, batches of {settings.batch_size}, "
-        f"learning rate {settings.lr:g}, autocast {settings.amp}, epochs: {passes}. {where}, commit {commits}."
+        f"{settings.model} at {settings.image_size} pixels, {images} of each set{drawn}{changed}, batches of "
+        f"{settings.batch_size}, learning rate {settings.lr:g}, autocast {settings.amp}, {length}. {where}, commit "
+        f"{commits}."
     )
 
 
 def _column(settings: Settings) -> Settings:
     """Return the settings without what distinguishes the rows of a table."""
-    return dataclasses.replace(settings, peft="", distiller="", seed=0)
+    return dataclasses.replace(settings, peft="", distiller="", seed=0, share=0.0)
 
 
 def _is_in(settings: Settings, column: Settings) -> bool:
@@ -145,15 +153,7 @@ def _mean_and_deviation(seeds: pandas.Series) -> str:
     return f"{seeds.mean():.1f}" + (f" ± {seeds.std():.1f}" if len(seeds) > 1 else "")
 
 
-def _difference(method: pandas.DataFrame, baseline: pandas.DataFrame) -> str:
+def _difference(method: pandas.DataFrame, baseline: pandas.DataFrame, *, detectable: bool) -> str:
     """Return the paired difference of values ``[seeds, images]``; nothing of fewer than two pairs."""
-    method, baseline = method.align(baseline, join="inner")
-    # The same list of the same files, of which a run may have skipped some.
-    in_all = (method.notna() & baseline.notna()).all()
-    method, baseline = method.loc[:, in_all], baseline.loc[:, in_all]
-    if method.size < 2:
-        return ""
-    found = paired_difference(method, baseline)
-    interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-    seeds = "one seed" if found.n_seeds == 1 else f"{found.n_seeds} seeds"
-    return f"{100 * found.mean:+.2f} {interval}, {seeds}"
+    found = paired(method, baseline)
+    return said(found if detectable or found is None else found._replace(detectable=math.nan))

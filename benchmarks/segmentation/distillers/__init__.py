@@ -17,6 +17,7 @@ from benchmarks.segmentation.distillers.outputs import Logit
 from benchmarks.segmentation.distillers.relations import InfoSAM, WithRelation, seeded_loss
 from benchmarks.segmentation.distillers.review import ReviewKD
 from benchmarks.segmentation.distillers.sam import MobileSAM, TinySAM
+from benchmarks.segmentation.distillers.share import AtShare
 
 __all__ = ["DISTILLERS", "Distiller", "InfoSAM", "make", "needs_layers"]
 
@@ -26,7 +27,24 @@ BANK_SIZE = 12
 SHARE = 0.1
 # The module as it was initialised, and each sample's relation compared with the teacher's of the same sample.
 FROZEN_PAIRS: dict[str, Any] = {"distillation": "jensen_renyi", "lambda_r": 0.0, "lambda_d": 1.0}
-
+# Settings of the loss.
+_FORMS: dict[str, dict[str, Any]] = {
+    "infosam": {},
+    "infosam_no_lr": {"lambda_r": 0.0},
+    "infosam_no_ld": {"lambda_d": 0.0},
+    "infosam_tenth": {"lambda_r": 0.1, "lambda_d": 0.05},
+    "infosam_alpha_1": {"alpha": 1.0},
+    "infosam_alpha_3": {"alpha": 3.0},
+    "infosam_detached": {"detach_teacher_relation": True},
+    "infosam_bank": {"bank_size": BANK_SIZE},
+    "infosam_cauchy_schwarz": {"distillation": "cauchy_schwarz"},
+    "infosam_debiased": {"distillation": "debiased"},
+    "infosam_jensen_renyi": FROZEN_PAIRS,
+    "infosam_share": {"gradient_share": SHARE},
+    "infosam_cauchy_schwarz_share": {"distillation": "cauchy_schwarz", "gradient_share": SHARE},
+    "infosam_debiased_share": {"distillation": "debiased", "gradient_share": SHARE},
+    "infosam_jensen_renyi_share": {**FROZEN_PAIRS, "gradient_share": SHARE},
+}
 # Of the width of the decoder and the channels of the encoder's stages.
 _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "none": lambda dim, layers: NoDistillation(),
@@ -39,32 +57,18 @@ _MAKERS: dict[str, Callable[[int, Sequence[int]], Distiller]] = {
     "reviewkd": lambda dim, layers: ReviewKD(layers),
     "tinysam": lambda dim, layers: TinySAM(),
     "mobilesam": lambda dim, layers: MobileSAM(),
-    "infosam": lambda dim, layers: InfoSAM(seeded_loss(dim)),
-    "infosam_no_lr": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_r=0.0)),
-    "infosam_no_ld": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_d=0.0)),
-    "infosam_tenth": lambda dim, layers: InfoSAM(seeded_loss(dim, lambda_r=0.1, lambda_d=0.05)),
-    "infosam_alpha_1": lambda dim, layers: InfoSAM(seeded_loss(dim, alpha=1.0)),
-    "infosam_alpha_3": lambda dim, layers: InfoSAM(seeded_loss(dim, alpha=3.0)),
-    "infosam_detached": lambda dim, layers: InfoSAM(seeded_loss(dim, detach_teacher_relation=True)),
-    "infosam_bank": lambda dim, layers: InfoSAM(seeded_loss(dim, bank_size=BANK_SIZE)),
-    "infosam_cauchy_schwarz": lambda dim, layers: InfoSAM(seeded_loss(dim, distillation="cauchy_schwarz")),
-    "infosam_debiased": lambda dim, layers: InfoSAM(seeded_loss(dim, distillation="debiased")),
-    "infosam_jensen_renyi": lambda dim, layers: InfoSAM(seeded_loss(dim, **FROZEN_PAIRS)),
-    "infosam_share": lambda dim, layers: InfoSAM(seeded_loss(dim, gradient_share=SHARE)),
-    "infosam_cauchy_schwarz_share": lambda dim, layers: InfoSAM(
-        seeded_loss(dim, distillation="cauchy_schwarz", gradient_share=SHARE)
-    ),
-    "infosam_debiased_share": lambda dim, layers: InfoSAM(
-        seeded_loss(dim, distillation="debiased", gradient_share=SHARE)
-    ),
-    "infosam_jensen_renyi_share": lambda dim, layers: InfoSAM(seeded_loss(dim, **FROZEN_PAIRS, gradient_share=SHARE)),
     "mobilesam_relation": lambda dim, layers: WithRelation(MobileSAM(), dim),
     "tinysam_relation": lambda dim, layers: WithRelation(TinySAM(), dim),
 }
-DISTILLERS: tuple[str, ...] = tuple(_MAKERS)
+# The plain ones, the forms, and the forms beside plain ones, in the order of the tables.
+DISTILLERS: tuple[str, ...] = tuple(
+    sorted({**_MAKERS, **_FORMS}, key=lambda name: 2 if name.endswith("_relation") else name in _FORMS)
+)
 
 
-def make(name: str, *, dim: int, layer_channels: Sequence[int] = ()) -> Distiller:
+def make(
+    name: str, *, dim: int, layer_channels: Sequence[int] = (), share: float = 0.0, measured: bool = False
+) -> Distiller:
     """Return a distiller by its name in ``DISTILLERS``.
 
     Args:
@@ -72,14 +76,20 @@ def make(name: str, *, dim: int, layer_channels: Sequence[int] = ()) -> Distille
         dim: channels of image features and mask tokens.
         layer_channels: channels of the encoder's stages in the observations, from early to late; of use to a distiller
             with ``needs_layers`` alone.
+        share: of the task's gradient that the distiller's is to have; 0 for the weights of its source.
+        measured: whether the share is measured at those weights too.
 
     Raises:
         ValueError: the name is unknown, or the distiller needs stages and there are none.
 
     """
-    if name not in _MAKERS:
+    if name not in DISTILLERS:
         raise ValueError(f"make: name must be one of {', '.join(DISTILLERS)}, got {name!r}; choose one of them")
-    return _MAKERS[name](dim, layer_channels)
+    if name in _FORMS:
+        # The loss measures its share itself.
+        return InfoSAM(seeded_loss(dim, **_FORMS[name], **({"gradient_share": share} if share else {})))
+    made = _MAKERS[name](dim, layer_channels)
+    return AtShare(made, share or None) if (share or measured) and name != "none" else made
 
 
 def needs_layers(name: str) -> bool:

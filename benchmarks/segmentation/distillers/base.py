@@ -69,7 +69,7 @@ class Distiller(nn.Module):
         self, observation: Observation, change: Callable[[Tensor], Tensor] = lambda value: value
     ) -> Observation:
         """Return an observation in fp32 after a change to its tensors, without stages that are not asked for."""
-        features, logits, layers = observation
+        features, logits, layers = observation[:3]
         image_features, mask_tokens = (change(value).float() for value in features[:2])
         return Observation(
             features._replace(image_features=image_features, mask_tokens=mask_tokens),
