@@ -45,6 +45,7 @@ class Options:
         batches: images of each batch.
         samples: of gram_moment.
         ops: only these operations; all if left out.
+        providers: only these implementations; all if left out.
         passes: what is timed.
         threads: of the CPU.
         trials: turns of each implementation, at least 2.
@@ -58,6 +59,7 @@ class Options:
     batches: tuple[int, ...] = (4, 16)
     samples: tuple[int, ...] = (4096,)
     ops: tuple[Literal["relation_scores", "batch_gram", "infosam_terms", "gram_moment"], ...] = ()
+    providers: tuple[Literal["textbook", "textbook compiled", "reference", "triton", "keops"], ...] = ()
     passes: tuple[Pass, ...] = get_args(Pass)
     threads: int = 2
     trials: int = 5
@@ -205,6 +207,8 @@ def main() -> None:
     for dtype, case in cases(options.batches, options.samples, dtypes, options.device):
         if options.ops and case.op not in options.ops:
             continue
+        if options.providers:
+            case = case._replace(functions={name: case.functions[name] for name in options.providers})
         for which in options.passes:
             new = rows_of(case, which, dtype, options.trials, environment)
             if not new:

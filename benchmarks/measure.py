@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+import os
 import platform
 import re
 import statistics
@@ -10,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -25,6 +28,8 @@ def environment(device: str = "cpu") -> dict[str, object]:
     """Return the columns that describe the machine, the versions and the state of the repository."""
     on_gpu = device == "cuda"
     commit = _run("git", "rev-parse", "--short=12", "HEAD")
+    # Of a copy without its history nobody knows.
+    dirty = bool(_run("git", "status", "--porcelain", "--untracked-files=no")) if commit else ""
     return {
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
@@ -32,9 +37,9 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
-        "commit": commit,
-        # Of a copy without its history nobody knows.
-        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")) if commit else "",
+        # A copy can be told of which commit it is.
+        "commit": commit or os.environ.get("RENYI_KD_COMMIT", ""),
+        "dirty": dirty,
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -109,14 +114,61 @@ def peak_mib(run: Run, device: str) -> float:
 
 def launches(run: Run, device: str) -> int | str:
     """Return how many kernels and copies a run launches on a GPU; empty on a CPU."""
-    if device == "cpu":
-        return ""
+    return "" if device == "cpu" else len(_on_gpu(run))
+
+
+def kernel_us(run: Run, steps: int = 5) -> dict[str, float]:
+    """Return how long each kernel and copy of a run takes on a GPU, in microseconds, by name; the median of the steps.
+
+    One that is launched several times counts with all of them.
+    """
+    of_steps: dict[str, list[float]] = {}
+    for _ in range(steps):
+        times: dict[str, float] = {}
+        for event in _on_gpu(run):
+            times[event.name()] = times.get(event.name(), 0.0) + event.duration_ns() / 1e3
+        for name, time_us in times.items():
+            of_steps.setdefault(name, []).append(time_us)
+    return {name: statistics.median(times) for name, times in of_steps.items()}
+
+
+def _on_gpu(run: Run) -> list[Any]:
+    """Return the profiler's events of a run that happened on a GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(
-        event.device_type() == torch.autograd.DeviceType.CUDA for event in profile.profiler.kineto_results.events()
-    )
+    events = profile.profiler.kineto_results.events()
+    return [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+
+
+def host_us(run: Run, steps: int, trials: int = 15) -> float:
+    """Return the microseconds that a step takes the host; the median of trials.
+
+    Args:
+        run: the step.
+        steps: of a trial, so few that the GPU's queue takes them all: the host must not wait.
+        trials: between which the GPU catches up.
+
+    """
+    times = []
+    for _ in range(trials):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            run()
+        times.append((time.perf_counter() - start) / steps * 1e6)
+    return statistics.median(times)
+
+
+def graph_us(run: Run) -> float:
+    """Return the microseconds of a step replayed from a CUDA graph; NaN, and why, where it cannot be captured."""
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        return 1e3 * float(do_bench_cudagraph(run, rep=50, return_mode="median"))
+    except Exception as error:
+        print(f"    no graph: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        return math.nan
 
 
 def cpu_peak_mib(run: Run) -> float:

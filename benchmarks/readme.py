@@ -82,9 +82,45 @@ def forms_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table)}\n\nMedian time, and the median of its ratios. Measured on {where(newest)}."
 
 
+def busy_table(rows: pandas.DataFrame) -> str:
+    """Return the table of times on a quiet and on a busy CPU as Markdown."""
+    state = rows["busy"].map(lambda n: "quiet" if n == "0" else "busy")
+    newest = rows.assign(state=state).groupby(["b", "layout", "provider", "state"], sort=False).last(skipna=False)
+    times = newest["ms_p50"].astype(float).unstack(["provider", "state"], sort=False)
+    table = pandas.DataFrame(
+        {
+            f"{name}, {state}": times[provider, state].map("{:.0f} ms".format)
+            for provider, name in (("textbook", "textbook"), ("reference", "renyi_kd"))
+            for state in ("quiet", "busy")
+        }
+    )
+    table["renyi_kd, busy / quiet"] = (times["reference", "busy"] / times["reference", "quiet"]).map("{:.1f}".format)
+    table = table.rename(LAYOUTS, level="layout").rename_axis(["B", "layout"])
+    return f"{markdown(table)}\n\nMeasured on {where(newest)}."
+
+
 def shares_table(rows: pandas.DataFrame) -> str:
     """Return the table of the share of InfoSAM in the gradient as Markdown."""
     return f"{markdown(shares(rows))}\n\n120 steps of each. Measured on {where(rows)}."
+
+
+def host_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what a step costs the host as Markdown: ratios, as only these of one run mean something."""
+    newest = rows.groupby(["b", "provider"], sort=False).last()
+    columns = {"of_textbook": "of the textbook's", "of_textbook_compiled": "of the compiled textbook's"}
+    table = newest[list(columns)].astype(float).map("{:.2f}".format).rename(columns=columns)
+    return f"{markdown(table.rename_axis(['B', 'host time of']))}\n\nMeasured on {where(newest)}."
+
+
+def instructions_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what bounds the kernels that read a map, before their revision and now, as Markdown."""
+    counted = rows[rows["layout"] == "channels first"].astype({"issue_us": float, "bytes_us": float})
+    newest = counted.groupby(["task", "dtype", "b", "label"], sort=False).last()
+    before, now = (newest.xs(label, level="label") for label in ("before", "now"))
+    cells = now["issue_us"].map("{:.1f}".format) + " / " + now["bytes_us"].map("{:.1f}".format)
+    was = before["issue_us"].map("{:.1f}, now ".format).reindex(cells.index, fill_value="")
+    table = (was + cells).unstack("b", fill_value="", sort=False).rename_axis(["kernel", "dtype"]).add_prefix("B ")
+    return f"{markdown(table)}\n\nCounted with Triton {' and '.join(rows['triton'].unique())} for sm_90."
 
 
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
@@ -122,7 +158,14 @@ def segmentation_tables(rows: Sequence[Row]) -> str:
 DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
     "docs/forms.md": {"shares": shares_table, "forms_cpu": forms_table},
     "docs/models.md": {"families": families_table},
-    "docs/speed.md": {"loss_cpu": loss_table, "kernels_cpu": kernels_table, "teachers_cpu": teachers_table},
+    "docs/speed.md": {
+        "loss_cpu": loss_table,
+        "busy_cpu": busy_table,
+        "kernels_cpu": kernels_table,
+        "teachers_cpu": teachers_table,
+        "host_time": host_table,
+        "instructions": instructions_table,
+    },
     "docs/does_it_help.md": {"segmentation": segmentation_tables},
 }
 
@@ -135,8 +178,10 @@ def with_tables(name: str, text: str) -> str:
 
     """
     for table, make in DOCUMENTS[name].items():
-        rows = RESULTS / table
-        made = make(read(rows) if rows.is_dir() else read_rows(rows.with_suffix(".csv")))
+        rows, file = RESULTS / table, RESULTS / f"{table}.csv"
+        made = "Not measured yet."
+        if rows.is_dir() or file.is_file():
+            made = make(read(rows) if rows.is_dir() else read_rows(file))
         pattern = rf"(<!-- table: {table} -->\n).*?(<!-- end -->)"
         text, places = re.subn(pattern, lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text, flags=re.DOTALL)
         if places != 1:

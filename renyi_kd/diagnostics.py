@@ -13,6 +13,8 @@ from renyi_kd.gradient_share import GradientMeasurement
 class RelationDiagnostics(NamedTuple):
     """State of one step: its relations, of all samples that its loss went over, each ``[]`` in fp64 without gradient.
 
+    On the CPU where the device has no fp64.
+
     Attributes:
         teacher_entropy: S(R_T) in bits, from 0 (every sample has the same relation: no signal) to log2 s.
         student_entropy: S(R_S) in bits.

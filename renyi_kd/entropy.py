@@ -2,7 +2,8 @@
 
 The entropy of order alpha of n samples is that of the spectrum of their trace-normalised Gram matrix
 (Sanchez Giraldo, Rao & Principe 2015). The joint entropy of several variables is that of the Hadamard product of their
-Grams (Yu et al. 2019). Everything is computed in fp64, whatever the dtype of the Gram.
+Grams (Yu et al. 2019). Everything is computed in fp64, whatever the dtype of the Gram; for a device without fp64 (MPS)
+on the CPU, from where the result returns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from renyi_kd.fp64 import in_fp64, out_of_fp64
 
 
 def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
@@ -141,21 +144,24 @@ def mutual_information(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
 
 
 def _entropy(*grams: Tensor, alpha: float) -> Tensor:
-    product, dtype = grams[0].double(), torch.promote_types(grams[0].dtype, torch.float32)
+    device, dtype = grams[0].device, torch.promote_types(grams[0].dtype, torch.float32)
+    product = in_fp64(grams[0])
     for gram in grams[1:]:
-        product, dtype = product * gram.double(), torch.promote_types(dtype, gram.dtype)
-    return _fp64_entropy(product, alpha).to(dtype)
+        product, dtype = product * in_fp64(gram), torch.promote_types(dtype, gram.dtype)
+    normalised = product / product.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return out_of_fp64(entropy_of_trace_one(normalised, alpha), device, dtype)
 
 
-def _fp64_entropy(gram: Tensor, alpha: float) -> Tensor:
-    normalised = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    finite = normalised.isfinite().all(-1).all(-1)
-    # As a factor, so that the gradient is NaN too, and a GradScaler skips the step.
-    factor = torch.where(finite, 1.0, math.nan)
+def entropy_of_trace_one(normalised: Tensor, alpha: float) -> Tensor:
+    """Return the entropy of order ``alpha`` of fp64 matrices ``[..., n, n]`` of trace one, as :func:`renyi_entropy`."""
+    squares = normalised.square().sum((-2, -1))
+    # 1, or NaN where anything is not finite: the gradient of a factor is NaN too, and a GradScaler skips the step.
+    factor = squares.detach() * 0 + 1
     if alpha == 2:
-        return -normalised.square().sum((-2, -1)).log2() * factor
+        return -squares.log2() * factor
     # On a CPU eigvalsh raises for NaN, of which it is given none.
-    stand_in = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    finite = factor == 1
+    stand_in = torch.eye(normalised.shape[-1], dtype=normalised.dtype, device=normalised.device)
     bits = _spectral_entropy(torch.where(finite[..., None, None], normalised, stand_in), alpha)
     return torch.where(finite, bits, (normalised * factor[..., None, None]).sum((-2, -1)))
 

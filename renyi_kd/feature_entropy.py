@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from renyi_kd.fp64 import fp64_device, out_of_fp64
 from renyi_kd.gram import RBF, KernelName, KnownKernel, known_kernel
 from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.gram_moment import gram_moment
@@ -98,7 +99,7 @@ def _entropy(features: Sequence[Tensor], kernels: Sequence[KnownKernel], impl: I
     for x in features:
         dtype = torch.promote_types(dtype, x.dtype)
     moment = gram_moment(features, kernels, impl=impl)
-    return -(moment / len(features[0]) ** 2).log2().to(dtype)
+    return out_of_fp64(-(moment / len(features[0]) ** 2).log2(), features[0].device, dtype)
 
 
 def _checked_kernels(
@@ -147,7 +148,8 @@ def _check(function: str, features: Sequence[Tensor]) -> None:
 def median_distance(x: Tensor) -> float:
     """Return the median distance of at most 2,048 samples at equal distances in their order; 1 if zero or NaN."""
     step = -(-len(x) // _MEDIAN_SAMPLES)
-    some = x.detach()[::step].to(torch.promote_types(x.dtype, torch.float32))
+    # Devices without fp64 do not all have this operation either.
+    some = x.detach()[::step].to(torch.promote_types(x.dtype, torch.float32)).to(fp64_device(x.device))
     distances = torch.pdist(some)
     median = distances.median().item() if len(distances) else 1.0
     # Of features that are not finite the entropy is NaN whatever the bandwidth.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from renyi_kd.fp64 import in_fp64, out_of_fp64
 
 KernelName = Literal["linear", "rbf", "polynomial"]
 
@@ -57,7 +60,7 @@ class RBF:
             scale = _median_off_diagonal(squared)[..., None, None]
         else:
             scale = squared.new_tensor(self.bandwidth).square()
-        return (-squared / (2 * scale)).exp().to(features.dtype)
+        return out_of_fp64((-squared / (2 * scale)).exp(), features.device, features.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,12 +180,21 @@ def unit_diagonal(gram: Tensor) -> Tensor:
     Cost: O(n^2).
 
     """
+    return with_unit_diagonal(gram, unit_scale(gram))
+
+
+def unit_scale(gram: Tensor) -> Tensor:
+    """Return what scales every sample to ``K_ii = 1``, ``[..., n]``; 0 where ``K_ii = 0``."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal == 0, torch.zeros_like(diagonal), diagonal.masked_fill(diagonal == 0, 1.0).rsqrt())
-    normalised = gram * scale[..., :, None] * scale[..., None, :]
-    identity = torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
+    # 1 / sqrt(inf) is 0, and so is its gradient.
+    return diagonal.masked_fill(diagonal == 0, math.inf).rsqrt()
+
+
+def with_unit_diagonal(gram: Tensor, scale: Tensor) -> Tensor:
+    """Return :func:`unit_diagonal` of a Gram matrix by its :func:`unit_scale`."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # Rounding leaves K_ii / K_ii a little off 1, and a zero sample leaves 0: the laws want the constant.
-    return torch.where(identity & ~normalised.isnan(), torch.ones_like(normalised), normalised)
+    return torch.addcmul(identity, gram * scale[..., :, None] * scale[..., None, :], 1 - identity)
 
 
 def pair_distances(rows: Tensor, others: Tensor) -> Tensor:
@@ -195,9 +207,9 @@ def pair_distances(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def _squared_distances(features: Tensor) -> Tensor:
-    """Return ``[..., n, n]`` in fp64, differentiable any number of times."""
+    """Return ``[..., n, n]`` in fp64, where that is; differentiable any number of times."""
     # Distances do not depend on the origin; near the mean of the samples the squares cancel least.
-    rows = features.double()
+    rows = in_fp64(features)
     rows = rows - rows.mean(-2, keepdim=True)
     norms = rows.square().sum(-1)
     expanded = norms[..., :, None] + norms[..., None, :] - 2 * rows @ rows.mT
@@ -205,7 +217,7 @@ def _squared_distances(features: Tensor) -> Tensor:
     exact = pair_distances(rows, rows) if features.dtype == torch.float64 else expanded.detach().clamp_min(0)
     # The value of the one, and the gradient 2 (x_i - x_j) of the other, which needs no distance to divide by.
     squared = expanded + (exact - expanded).detach()
-    return squared * ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
+    return squared * ~torch.eye(features.shape[-2], dtype=torch.bool, device=squared.device)
 
 
 def _median_off_diagonal(squared: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from renyi_kd.diagnostics import RelationDiagnostics, Relations, diagnose
 from renyi_kd.entropy import check_alpha
 
 Distillation = Literal["mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi"]
+_FORMS = get_args(Distillation)
+# Made once: a union is an object, and the check runs every step.
+_NUMBER = float | int
 
 
 class Objective(NamedTuple):
@@ -109,12 +112,12 @@ def check_objective(function: str, objective: Objective) -> None:
     for name in ("lambda_r", "lambda_d"):
         weight = getattr(objective, name)
         # By comparison, as torch.compile traces no math.isfinite of a number that it takes as dynamic.
-        if not isinstance(weight, float | int) or not abs(weight) < math.inf:
+        if not isinstance(weight, _NUMBER) or not abs(weight) < math.inf:
             raise ValueError(f"{function}: {name} must be a finite number, got {weight!r}; 0 switches the term off")
     check_alpha(function, objective.alpha)
-    if objective.distillation not in get_args(Distillation):
+    if objective.distillation not in _FORMS:
         raise ValueError(
-            f"{function}: distillation must be one of {get_args(Distillation)}, got {objective.distillation!r}; "
+            f"{function}: distillation must be one of {_FORMS}, got {objective.distillation!r}; "
             "'mutual_information' is the paper's"
         )
     if objective.distillation == "debiased" and objective.alpha < 2:

@@ -103,7 +103,8 @@ class RelationModule(nn.Module):
                 ``function`` begins the message.
 
         """
-        key_weight = self.key_proj.weight
+        norm, query, key, features = self.layer_norm_mask, self.query_proj, self.key_proj, self.layer_norm_feat
+        key_weight = _parameter(key, "weight")
         if mask_tokens.shape[-1] != self.dim:
             raise ValueError(
                 f"{function}: features must have dim = {self.dim} channels, got {mask_tokens.shape[-1]}; "
@@ -115,16 +116,22 @@ class RelationModule(nn.Module):
                 f"{mask_tokens.device}; move the loss with infosam_loss.to('{mask_tokens.device}')"
             )
         weights = RelationWeights(
-            norm_weight=self.layer_norm_mask.weight,
-            norm_bias=self.layer_norm_mask.bias,
-            query_weight=self.query_proj.weight,
-            query_bias=self.query_proj.bias,
+            norm_weight=_parameter(norm, "weight"),
+            norm_bias=_parameter(norm, "bias"),
+            query_weight=_parameter(query, "weight"),
+            query_bias=_parameter(query, "bias"),
             key_weight=key_weight,
-            key_bias=self.key_proj.bias,
-            feature_weight=self.layer_norm_feat.weight,
-            feature_bias=self.layer_norm_feat.bias,
+            key_bias=_parameter(key, "bias"),
+            feature_weight=_parameter(features, "weight"),
+            feature_bias=_parameter(features, "bias"),
         )
-        return Relation(weights, token_eps=self.layer_norm_mask.eps, feature_eps=self.layer_norm_feat.eps)
+        return Relation(weights, token_eps=norm.eps, feature_eps=features.eps)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """Return ``module.name`` from where modules keep parameters; as an attribute it costs as much as an allocation."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
 
 
 def check_start(function: str, dim: int, generator: torch.Generator | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -16,6 +17,10 @@ import torch
 # Before Triton is imported: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.support.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 from benchmarks.torchvision_compat import ensure_importable
 

@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 pytest.importorskip("triton", reason="pip install 'renyi-kd[triton]'")
-TARGETS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_90", "sm_100")), "gfx942"]
-# Of the terms on Grams, of their variants, and of the loss. One target has all tiles from the smallest to the largest,
-# the others the largest, in which they differ.
-SAMPLES = {"sm_90": ((1, 2, 4, 16, 32, 64, 256), (1, 64), (4, 32, 64))}
-LARGE_SAMPLES = ((64, 256), (64,), (4, 64))
-FORMS = ("mutual_information", "cauchy_schwarz", "debiased", "jensen_renyi")
-KERNELS = {
-    "_batch_gram_bwd_kernel",
-    "_batch_gram_fwd_kernel",
-    "_gram_moment_bwd_kernel",
-    "_gram_moment_fwd_kernel",
-    "_gram_terms_bwd_kernel",
-    "_gram_terms_fwd_kernel",
-    "_relation_directions_bwd_kernel",
-    "_relation_directions_fwd_kernel",
-    "_relation_grams_kernel",
-    "_relation_scores_bwd_kernel",
-    "_relation_scores_fwd_kernel",
-    "_relation_weights_bwd_kernel",
-    "_teacher_pass_kernel",
+
+import renyi_kd.ops
+from renyi_kd.objective import Distillation
+
+ROOT = Path(__file__).parent.parent
+# The targets that one process compiles for; the longest first, as several workers share them.
+GROUPS = [["sm_90"], ["sm_80", "sm_86", "sm_89"], ["sm_75", "sm_100", "sm_120"], ["gfx942", "gfx1100"]]
+# For these every kernel is compiled, for the others those that may not fit there.
+WHOLE = {"sm_80", "sm_90", "sm_100", "gfx942"}
+# What reaches memory where it should not, by target and kernel, and why it is left so; what no longer does must go.
+SPILLS = {
+    ("sm_80", "_feature_terms_bwd_kernel"): "8 bytes, where pairs are compared in fp32",
+    ("sm_80", "_relation_scores_bwd_kernel"): "8 bytes, of 4096 channels in fp32",
+    ("sm_90", "_gram_terms_fwd_kernel"): "8 bytes, of 256 samples",
+    ("sm_100", "_gram_terms_fwd_kernel"): "8 bytes, of 256 samples",
+    ("sm_120", "_gram_terms_fwd_kernel"): "16 bytes, of 256 samples",
+    ("sm_120", "_relation_directions_bwd_kernel"): "16 bytes, by an option that Triton gives ptxas",
+    ("sm_120", "_relation_directions_fwd_kernel"): "8 bytes, by the same option",
+    ("sm_120", "_relation_grams_kernel"): "8 bytes, by the same option",
+    ("gfx1100", "_gram_moment_bwd_kernel"): "warps are counted for chips where they are twice as wide",
+    ("gfx1100", "_relation_grams_kernel"): "products in fp64 without matrix units",
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_and_fit(target):
-    # In a process that does not interpret.
+def run(*words: str) -> list[dict[str, Any]]:
+    """Return the rows of the program, run in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.ahead_of_time", *words]
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.ahead_of_time", target],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == KERNELS
-    terms = [row["constants"] for row in rows if row["kernel"] == "_gram_terms_fwd_kernel"]
-    forms = {
-        (constants["FORM"], constants["DETACH"], "weight_ptr" not in constants, constants["BLOCK_S"])
-        for constants in terms
-    }
-    samples, varied_samples, losses = SAMPLES.get(target, LARGE_SAMPLES)
-    of_terms = {(form, False, False, size) for form, size in product(FORMS, samples)}
-    # Pairs have a constant teacher anyway, and weights or none.
-    of_terms |= {
-        (form, form != "jensen_renyi", form == "jensen_renyi", size) for form, size in product(FORMS, varied_samples)
-    }
-    of_losses = {("mutual_information", False, False, size) for size in losses} | {("jensen_renyi", False, True, 1)}
-    assert forms == of_terms | of_losses
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def kernels() -> set[str]:
+    """Return the names of all kernels that the package has."""
+    names = set()
+    for module in pkgutil.walk_packages(renyi_kd.ops.__path__, "renyi_kd.ops."):
+        # The interpreter's functions are of another class than the compiler's.
+        values = vars(importlib.import_module(module.name)).values()
+        names |= {value.__name__ for value in values if hasattr(value, "arg_names") and hasattr(value, "fn")}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", GROUPS, ids=" ".join)
+def test_kernels_compile_and_fit(targets):
+    rows = run("--targets", *targets)
+    assert {row["target"] for row in rows} == set(targets)
+    for target in set(targets) & WHOLE:
+        of_target = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in of_target} == kernels()
+        constants = {value for row in of_target for value in row["constants"].values() if isinstance(value, str)}
+        assert constants >= set(get_args(Distillation))
     for row in rows:
         assert row["machine_code_bytes"] > 0, row
-        assert row["spilled"] == 0, row
         assert row["shared_bytes"] <= row["shared_limit"], row
+    spills = {(row["target"], row["kernel"]): row for row in rows if row["spilled"]}
+    assert spills.keys() == {place for place in SPILLS if place[0] in targets}, [*spills.values()]
+
+
+def test_a_planted_spill_is_found():
+    rows = run("--targets", "sm_90", "gfx942", "--planted")
+    assert [row["target"] for row in rows] == ["sm_90", "gfx942"]
+    for row in rows:
+        assert row["spilled"] > 0, row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, descent, gpu, kernels, measure, teachers
+from benchmarks import busy, cases, descent, gpu, kernels, measure, teachers
+from benchmarks.readme import busy_table
 from benchmarks.segmentation import grid
 
 ROOT = Path(__file__).parent.parent
@@ -249,17 +251,37 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
-        gpu.main(["--out", str(tmp_path / "gpu"), "--only", "loss", "los"])
-    assert "--only must name steps of ['tests', 'loss'" in capsys.readouterr().err
+        gpu.main(["--out", str(tmp_path / "gpu"), "--only", "loss_4", "los"])
+    assert "--only must name steps of ['steps', 'loss_64'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [kernels, gpu, teachers, grid, descent])
+@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent])
 def test_help_says_what_every_option_does(module):
     words = {grid: ["benchmarks.segmentation", "run"]}.get(module, [module.__name__])
     command = [sys.executable, "-W", "error", "-m", *words, "--help"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for field in dataclasses.fields(module.Options):
         assert f"--{field.name.replace('_', '-')} " in said.replace(",", " ")
+
+
+def test_a_busy_cpu_stands_beside_a_quiet_one(tmp_path, monkeypatch, capsys):
+    for name, value in {"DIM": 8, "HEIGHT": 4, "WIDTH": 4}.items():
+        monkeypatch.setattr(cases, name, value)
+    beside: list[int] = []
+    started = busy.busy_processes
+
+    def counted(n: int) -> contextlib.AbstractContextManager[None]:
+        beside.append(n)
+        return started(n)
+
+    monkeypatch.setattr(busy, "busy_processes", counted)
+    out = tmp_path / "busy.csv"
+    busy.main(["--out", str(out), "--batches", "2", "--layouts", "channels_last", "--threads", "1", "--trials", "1"])
+    assert beside == [0, busy.cores()]
+    assert capsys.readouterr().out.count("B 2 channels_last") == 4
+    table = busy_table(measure.read_rows(out))
+    assert "| textbook, quiet | textbook, busy | renyi_kd, quiet | renyi_kd, busy | renyi_kd, busy / quiet |" in table
+    assert "| 2 | channels last |" in table
 
 
 def test_descents_are_written_drawn_and_printed(tmp_path, capsys):

@@ -518,7 +518,7 @@ def test_a_loss_on_other_images_touches_nothing_of_the_tasks_step():
 
 @pytest.mark.parametrize("form", get_args(Distillation))
 def test_no_form_and_no_measurement_makes_more_of_the_size_of_a_map(form):
-    size = (4, 128, 64, 64)
+    size = (4, 128, 128, 128)
     teacher, student = (
         sam_features(seed=0, dim=128, size=size[2:]),
         in_training(sam_features(seed=10, dim=128, size=size[2:])),

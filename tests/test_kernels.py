@@ -588,7 +588,7 @@ def largest_new_tensors(function, x: Tensor, *others: Tensor) -> tuple[int, int]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_MAPS)
 def test_scores_make_nothing_of_the_size_of_the_map(dtype, layout):
-    x, directions = inputs((2, 192, 48, 64), dtype, n_tokens=1)
+    x, directions = inputs((2, 192, 96, 128), dtype, n_tokens=1)
     x = LAYOUTS[layout](x)
     size, block = x.numel() * x.element_size(), 4 * ELEMENTS
     assert 4 * x.numel() > 2 * block, "too small to show anything"

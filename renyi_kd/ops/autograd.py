@@ -1,4 +1,4 @@
-"""What a gradient that is written by hand says to a request for its own."""
+"""Where an ``autograd.Function`` will do, and what a gradient by hand says to a request for its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def refuse_second_derivative(operation: str, way_out: str) -> None:
@@ -36,3 +39,20 @@ def second_derivative_refusal(operation: str, way_out: str) -> Callable[..., NoR
         )
 
     return refuse
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Return whether somebody follows operations on the tensors, and must find operators that say what they are.
+
+    That is torch.compile and export, functorch, whatever sees every operation (fake tensors, counters), and tensors
+    that are not plain memory.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    # PyTorch asks itself the same before it runs an autograd function.
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
+    return False

@@ -69,7 +69,8 @@ def check_features(function: str, name: str, features: SAMFeatures) -> None:
             f"{image_features.shape[1]} and {mask_tokens.shape[2]}; take both from the mask decoder's own width"
         )
     if image_index is None:
-        if len(image_features) != len(mask_tokens):
+        # By shapes, as len() of a tensor is a function of Python's.
+        if image_features.shape[0] != mask_tokens.shape[0]:
             raise ValueError(
                 f"{function}: {name}.image_index must say which image each sample belongs to when their numbers "
                 f"differ, got None with {len(image_features)} images and {len(mask_tokens)} samples; "
@@ -130,7 +131,7 @@ def images_of_pair(
                 f"{function}: {member} of teacher and student must be on one device, got {teacher_value.device} and "
                 f"{student_value.device}; move one of the models"
             )
-    n_samples = len(student.mask_tokens)
+    n_samples = student.mask_tokens.shape[0]
     if n_samples < least:
         raise ValueError(
             f"{function}: the batch must hold at least two samples (image, prompt), got 1: the loss and its "

@@ -239,7 +239,8 @@ def _excess(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach(), b.detach()
     floating = [x.dtype for x in (a, b) if x.dtype.is_floating_point]
     eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
-    a, b = a.double() if not floating else a.float(), b.double() if not floating else b.float()
+    # Whole numbers as they are: not every device has the fp64 that would hold them.
+    a, b = (x.float() if floating else x.long() for x in (a, b))
     difference = torch.nan_to_num(a - b, 0.0, 0.0, 0.0).abs().amax()
     return difference - 4 * eps * torch.nan_to_num(b, 0.0, 0.0, 0.0).abs().amax()
 

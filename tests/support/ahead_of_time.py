@@ -1,19 +1,21 @@
 """Compile what the launchers launch, for GPUs that are not there; prints one JSON row per kernel and configuration.
 
-    python -m tests.support.ahead_of_time sm_90
+    python -m tests.support.ahead_of_time --targets sm_80 sm_90
 
-The launches of real calls are recorded in place of being run, so configurations are written down nowhere else.
+Triton's own compiler at launch does it, over a driver that launches nothing. So configurations are written down nowhere
+else, and what is compiled is what a GPU would run.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import contextlib
 import json
 import re
 import subprocess
-import tempfile
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -21,13 +23,12 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import JITFunction
 
 from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial
 from renyi_kd.objective import Distillation, Objective
+from renyi_kd.ops import row_products
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from renyi_kd.ops.feature_terms.types import Pair
@@ -37,47 +38,78 @@ from renyi_kd.ops.relation_directions import triton as relation_directions
 from renyi_kd.ops.relation_directions.types import Relation, RelationWeights
 from renyi_kd.ops.relation_scores import triton as relation_scores
 
+Call = Callable[[], None]
+Map = tuple[torch.dtype, tuple[int, int, int]]
+
 
 class Cases(NamedTuple):
     """The settings of the calls whose kernels are compiled.
 
     Attributes:
-        dtypes: of features.
-        sizes: channels, height and width of maps.
-        samples: of the loss on features.
-        term_samples: of its terms on Grams; a tile is as large as the next power of two.
+        maps: dtypes with channels, height and width of maps.
+        rows: of a Gram of images, beside those of the loss.
+        losses: dtypes, samples and layouts of the loss on features.
+        pairs: dtypes of the loss on features of a single sample, in the form that compares pairs.
+        terms: forms and samples of its terms on Grams; there are two sizes of tiles, up to 64 and up to 256.
         varied_samples: of its terms with a detached teacher or with weights, which add less than a form does.
-        kernels: of the variables of an entropy.
+        moments: dtypes and kernels of the variables of an entropy, and which of them get a gradient.
 
     """
 
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[tuple[int, int, int], ...]
-    samples: tuple[int, ...]
-    term_samples: tuple[int, ...]
-    varied_samples: tuple[int, ...]
-    kernels: tuple[tuple[KnownKernel, ...], ...]
+    maps: Sequence[Map]
+    rows: Sequence[int]
+    losses: Sequence[tuple[torch.dtype, int, torch.memory_format]]
+    pairs: Sequence[torch.dtype]
+    terms: Sequence[tuple[Distillation, int]]
+    varied_samples: Sequence[int]
+    moments: Sequence[tuple[torch.dtype, Sequence[KnownKernel], Sequence[int]]]
 
 
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+FORMS: tuple[Distillation, ...] = get_args(Distillation)
+SAM, RAGGED, DEEP = (256, 64, 64), (100, 7, 9), (4096, 8, 8)
 LINEAR, POLYNOMIAL, RADIAL = Linear(), Polynomial(), RBF(2.0)
 MIXED = (LINEAR, RADIAL, POLYNOMIAL, RADIAL)
+# The gradients of one variable of each kind: to the others they are what its own is.
+MIXED_GRADIENTS = (0, 1, 2)
+# Every value of every setting, and every pair of two that share a tile; maps of SAM's size come with the loss.
 ALL = Cases(
-    (torch.float32, torch.bfloat16, torch.float16),
-    ((256, 64, 64), (100, 7, 9), (4096, 8, 8)),
-    (4, 32, 64),
-    (1, 2, 4, 16, 32, 64, 256),
-    (1, 64),
-    ((LINEAR,), (RADIAL,), (POLYNOMIAL,), (LINEAR,) * 3, MIXED),
+    maps=[(FLOAT, RAGGED), (HALF, RAGGED), (FLOAT, DEEP), (BFLOAT, DEEP)],
+    rows=(2, 16, 64, 65),
+    losses=[*product((FLOAT, BFLOAT), (4, 64), (FIRST, LAST)), (FLOAT, 32, FIRST), (HALF, 32, FIRST), (HALF, 4, LAST)],
+    pairs=(FLOAT, BFLOAT, HALF),
+    # The form decides what is done with a few numbers at the end, not how the tiles are read.
+    terms=[*product(FORMS, (64, 256))],
+    varied_samples=(64,),
+    moments=[
+        *((FLOAT, (kernel,), (0,)) for kernel in (LINEAR, RADIAL, POLYNOMIAL)),
+        (FLOAT, (LINEAR,) * 3, (0,)),
+        *((dtype, MIXED, MIXED_GRADIENTS) for dtype in (FLOAT, BFLOAT, HALF)),
+    ],
 )
 # What fits one target and not the next are large tiles, whole ones, in the widest and in a narrow dtype.
 LARGE = Cases(
-    (torch.float32, torch.bfloat16),
-    ((256, 64, 64), (4096, 8, 8)),
-    (4, 64),
-    (64, 256),
-    (64,),
-    ((LINEAR,), (RADIAL,), MIXED),
+    maps=[(FLOAT, DEEP)],
+    rows=(64, 65),
+    losses=[(FLOAT, 4, FIRST), (FLOAT, 64, LAST), (BFLOAT, 64, FIRST), (BFLOAT, 4, LAST)],
+    pairs=(FLOAT,),
+    terms=[*product(FORMS, (64,)), (FORMS[0], 256)],
+    varied_samples=(),
+    moments=[(FLOAT, (RADIAL,), (0,)), (FLOAT, MIXED, MIXED_GRADIENTS), (BFLOAT, MIXED, (2,))],
 )
+# Of chips whose relatives are above: where they have fewer registers, less shared memory or other instructions.
+LARGEST = Cases(
+    maps=[],
+    rows=(),
+    losses=[(FLOAT, 4, LAST), (FLOAT, 64, FIRST), (BFLOAT, 64, LAST)],
+    pairs=(),
+    terms=[(FORMS[0], 256)],
+    varied_samples=(),
+    moments=[(FLOAT, MIXED, (2,))],
+)
+# Of a chip whose code Triton makes as that of a relative: only what comes after differs.
+AS_ANOTHER = LARGEST._replace(losses=[(BFLOAT, 64, LAST)], terms=[], moments=[])
 
 
 class Target(NamedTuple):
@@ -89,94 +121,147 @@ class Target(NamedTuple):
 
 
 TARGETS = {
+    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 * 1024, LARGEST),
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, LARGE),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024, LARGEST),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * 1024, AS_ANOTHER),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ALL),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, LARGE),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, LARGEST),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, LARGE),
+    "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64 * 1024, LARGEST),
 }
-POINTER = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
 WEIGHTS = RelationWeights._fields
 
 
-def recorder(launches: dict[str, tuple]) -> Callable[[Any, tuple[int, ...]], Callable[..., None]]:
-    """Return what stands in for ``kernel[grid]`` and writes a launch down in place of making it."""
+class NoDriver:
+    """What Triton asks of a driver, answered for GPUs that are not there; a launch does nothing."""
 
-    def stand_in(kernel: Any, _grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **keywords: Any) -> None:
-            options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
-            values = inspect.signature(kernel.fn).bind(*args, **keywords).arguments
-            arguments = Arguments({}, {}, [])
-            for index, parameter in enumerate(kernel.params):
-                value = values[parameter.name]
-                arguments.types[parameter.name] = arguments.add((index,), value, parameter.is_constexpr)
-            # One of each kind: Triton compiles no more of them either.
-            launches[f"{kernel.__name__} {arguments} {options}"] = (kernel, arguments, options)
+    def __init__(self, gpu: GPUTarget, device: int) -> None:
+        self.gpu, self.device = gpu, device
+        self.utils = self
 
-        return launch
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
 
-    return stand_in
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        # What does not fit is a row like any other.
+        return {"max_shared_mem": 2**31}
+
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        """Return module, function, registers, spills and the most threads."""
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, _module: int) -> None:
+        pass
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
-class Arguments(NamedTuple):
-    """The arguments of a launch as Triton specialises them.
+@contextlib.contextmanager
+def compiling(gpu: GPUTarget, device: int) -> Iterator[list[dict[str, Any]]]:
+    """Compile for a GPU whatever is launched, and note what came of it.
 
-    Attributes:
-        types: by name; a tuple of types for a tuple.
-        constants: what is compiled in, by its path in the arguments.
-        divisible: the paths of what is divisible by 16.
+    Args:
+        gpu: to compile for.
+        device: its number; Triton keeps what it compiled by device.
 
     """
+    rows: list[dict[str, Any]] = []
 
-    types: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    divisible: list[tuple[int, ...]]
+    def note(*, src: Any, metadata: dict[str, Any], metadata_group: dict[str, str], **_: object) -> None:
+        files = {Path(file).suffix[1:]: Path(file) for file in metadata_group.values()}
+        code = files["hsaco" if gpu.backend == "hip" else "cubin"]
+        rows.append({
+            "kernel": src.fn.__name__,
+            "types": list(src.signature.values()),
+            "constants": {
+                ".".join([src.fn.arg_names[first], *map(str, inner)]): value
+                for (first, *inner), value in src.constants.items()
+            },
+            "options": {name: metadata[name] for name in ("num_warps", "num_stages")},
+            "machine_code_bytes": code.stat().st_size,
+            "spilled": spilled(files),
+            "shared_bytes": metadata["shared"],
+        })  # fmt: skip
 
-    def add(self, path: tuple[int, ...], value: Any, is_constexpr: bool) -> Any:
-        """Note one argument and return its type."""
-        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            self.constants[path] = value
-            return "constexpr"
-        if isinstance(value, tuple):
-            return tuple(self.add((*path, index), item, False) for index, item in enumerate(value))
-        if isinstance(value, float):
-            return "fp32"
-        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
-            self.divisible.append(path)
-        return POINTER[value.dtype] if isinstance(value, Tensor) else "i32"
+    def has_tensor_cores(_device: torch.device) -> bool:
+        return gpu.backend == "cuda" and gpu.arch >= 80
 
-
-def record(cases: Cases) -> dict[str, tuple]:
-    """Return the kernels with the kinds of their arguments, of calls as the loss makes them."""
-    launches: dict[str, tuple] = {}
-    with mock.patch.object(JITFunction, "__getitem__", recorder(launches)):
-        for dtype in cases.dtypes:
-            for channels, height, width in cases.sizes:
-                call_directions(channels, dtype)
-                x = torch.empty(2, channels, height, width, dtype=dtype)
-                for layout in (torch.contiguous_format, torch.channels_last):
-                    call_scores(x.contiguous(memory_format=layout))
-            for samples in (2, 16, 64):
-                rows = torch.empty(samples, 4096, dtype=dtype, requires_grad=True)
-                batch_gram.batch_gram(rows).sum().backward()
-            call_moments(dtype, cases.kernels)
-            for samples, layout in product(cases.samples, (torch.contiguous_format, torch.channels_last)):
-                call_loss(samples, dtype, layout, Objective())
-            # Of pairs one will do.
-            call_loss(1, dtype, torch.contiguous_format, Objective(distillation="jensen_renyi"), torch.empty(1))
-        for samples in cases.term_samples:
-            call_terms(samples, (False, True) if samples in cases.varied_samples else (False,))
-    return launches
+    triton.runtime.driver.set_active(NoDriver(gpu, device))
+    forget()
+    with (
+        mock.patch.object(triton.knobs.compilation, "listener", note),
+        # Lines of the source for a debugger; they are a tenth of the time and no part of the code.
+        mock.patch.object(triton.knobs.compilation, "disable_line_info", True),
+        # What the launchers ask of the build of PyTorch, and of the GPU.
+        mock.patch.object(torch.version, "hip", "6.0" if gpu.backend == "hip" else None),
+        mock.patch.object(row_products, "has_tensor_cores", has_tensor_cores),
+        mock.patch.object(batch_gram, "has_tensor_cores", has_tensor_cores),
+    ):
+        yield rows
 
 
-def call_scores(x: Tensor) -> None:
-    directions = torch.empty(len(x), 1, x.shape[1], requires_grad=True)
-    offsets = torch.empty(len(x), 1, requires_grad=True)
+def forget() -> None:
+    """Drop what the package keeps of launches: it was made for another GPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("renyi_kd."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+def spilled(files: dict[str, Path]) -> int:
+    """Return how many bytes of a thread's stack a compiled kernel takes, by the files of its compilation.
+
+    AMD's scalar registers spill to lanes of vector registers first: only what then does not fit reaches memory.
+    """
+    if "amdgcn" in files:
+        return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", files["amdgcn"].read_text())[1])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(files["cubin"])]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # One function a file; nothing in Triton's language has an address on the stack.
+    ((stack, local),) = re.findall(r" STACK:(\d+) .*LOCAL:(\d+) ", usage)
+    return int(stack) + int(local)
+
+
+def calls(cases: Cases) -> Iterator[Call]:
+    """Yield the calls whose launches are compiled."""
+    for dtype, (channels, height, width) in cases.maps:
+        yield partial(call_directions, channels, dtype)
+        for layout in (FIRST, LAST):
+            yield partial(call_scores, (2, channels, height, width), dtype, layout)
+    for dtype, samples in product(dict.fromkeys(dtype for dtype, *_ in cases.losses), cases.rows):
+        yield partial(call_gram, samples, dtype)
+    for dtype, kernels, gradients in cases.moments:
+        yield partial(call_moment, dtype, kernels, gradients)
+    for dtype, samples, layout in cases.losses:
+        yield partial(call_loss, samples, dtype, layout, Objective())
+    for dtype, samples, layout in cases.losses[:2]:
+        yield partial(call_loss, samples, dtype, layout, Objective(), prompts=2)
+    for dtype in cases.pairs:
+        yield partial(call_loss, 1, dtype, FIRST, Objective(distillation="jensen_renyi"), weighted=True)
+    for form, samples in cases.terms:
+        yield partial(call_terms, samples, Objective(distillation=form))
+    for form, samples in product(FORMS, cases.varied_samples):
+        objective = Objective(distillation=form, detach_teacher_relation=True)
+        yield partial(call_terms, samples, objective, weighted=objective.compares_pairs)
+
+
+def call_scores(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
+    directions = torch.empty(shape[0], 1, shape[1], requires_grad=True)
+    offsets = torch.empty(shape[0], 1, requires_grad=True)
     # The teacher's map gets no gradient, the student's does.
-    relation_scores.relation_scores(x, directions, offsets).sum().backward()
-    relation_scores.relation_scores(x.detach().requires_grad_(), directions, offsets).sum().backward()
+    for needs_grad in (False, True):
+        x = torch.empty(shape, dtype=dtype, memory_format=layout, requires_grad=needs_grad)
+        relation_scores.relation_scores(x, directions, offsets).sum().backward()
 
 
 def call_directions(channels: int, dtype: torch.dtype) -> None:
@@ -185,9 +270,13 @@ def call_directions(channels: int, dtype: torch.dtype) -> None:
     (directions.sum() + offsets.sum()).backward()
 
 
-def weights_of(channels: int, dtype: torch.dtype = torch.float32) -> RelationWeights:
+def weights_of(channels: int, dtype: torch.dtype = FLOAT) -> RelationWeights:
     shapes = [(channels, channels) if name in ("query_weight", "key_weight") else (channels,) for name in WEIGHTS]
     return RelationWeights(*(torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def call_gram(samples: int, dtype: torch.dtype) -> None:
+    batch_gram.batch_gram(torch.empty(samples, 4096, dtype=dtype, requires_grad=True)).sum().backward()
 
 
 def call_loss(
@@ -195,83 +284,58 @@ def call_loss(
     dtype: torch.dtype,
     layout: torch.memory_format,
     objective: Objective,
-    sample_weight: Tensor | None = None,
+    *,
+    weighted: bool = False,
+    prompts: int = 1,
 ) -> None:
-    teacher_map = torch.empty(samples, 256, 64, 64, dtype=dtype).contiguous(memory_format=layout)
-    teacher_tokens = torch.empty(samples, 1, 256, dtype=dtype)
-    student_map, student_tokens = (value.detach().requires_grad_() for value in (teacher_map, teacher_tokens))
-    pair = Pair(teacher_map, teacher_tokens, student_map, student_tokens, None, sample_weight)
-    feature_terms.feature_terms(pair, Relation(weights_of(256), 1e-5, 1e-5), objective).loss.backward()
+    teacher_map, student_map = (
+        torch.empty(samples // prompts, *SAM, dtype=dtype, memory_format=layout, requires_grad=needs_grad)
+        for needs_grad in (False, True)
+    )
+    teacher_tokens, student_tokens = (
+        torch.empty(samples, 1, SAM[0], dtype=dtype, requires_grad=needs_grad) for needs_grad in (False, True)
+    )
+    weight = torch.empty(samples) if weighted else None
+    images = None if prompts == 1 else [sample // prompts for sample in range(samples)]
+    pair = Pair(teacher_map, teacher_tokens, student_map, student_tokens, images, weight)
+    feature_terms.feature_terms(pair, Relation(weights_of(SAM[0]), 1e-5, 1e-5), objective).loss.backward()
 
 
-def call_terms(samples: int, variants: tuple[bool, ...]) -> None:
+def call_terms(samples: int, objective: Objective, *, weighted: bool = False) -> None:
     gram = torch.empty(samples, samples, dtype=torch.float64)
     teacher, student = (torch.empty(samples, 4096, requires_grad=True) for _ in range(2))
-    for form, varied in product(get_args(Distillation), variants):
-        objective = Objective(distillation=form, detach_teacher_relation=varied)
-        weight = torch.empty(samples) if varied and objective.compares_pairs else None
-        gram_terms.gram_terms(gram, gram, teacher, student, objective, weight).loss.backward()
+    weight = torch.empty(samples) if weighted else None
+    gram_terms.gram_terms(gram, gram, teacher, student, objective, weight).loss.backward()
 
 
-def call_moments(dtype: torch.dtype, combinations: tuple[tuple[KnownKernel, ...], ...]) -> None:
-    for kernels in combinations:
-        features = [torch.empty(128, 256, dtype=dtype, requires_grad=True) for _ in kernels]
-        gram_moment.gram_moment(features, kernels).backward()
+def call_moment(dtype: torch.dtype, kernels: Sequence[KnownKernel], gradients: Sequence[int]) -> None:
+    features = [torch.empty(128, 256, dtype=dtype, requires_grad=i in gradients) for i in range(len(kernels))]
+    gram_moment.gram_moment(features, kernels).backward()
 
 
-def compile_ahead(kernel: Any, arguments: Arguments, options: dict[str, int], target: GPUTarget) -> Any:
-    """Compile down to the target's machine code."""
-    attributes = {path: [["tt.divisibility", 16]] for path in arguments.divisible}
-    source = ASTSource(kernel, signature=arguments.types, constexprs=arguments.constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+@triton.jit
+def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
+    """Take the mean off a tile that no thread has the registers for."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(x_ptr + tl.arange(0, BLOCK), x - tl.sum(x, 0) / BLOCK)
 
 
-def spilled(compiled: Any) -> int:
-    """Return how many bytes a compiled kernel spills to memory.
-
-    AMD's scalar registers spill to lanes of vector registers first: only what then does not fit reaches memory.
-    """
-    if "amdgcn" in compiled.asm:
-        return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", compiled.asm["amdgcn"])[1])
-    ptx = compiled.asm["ptx"]
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.ptx")
-        file.write_text(ptx)
-        reports = []
-        for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell):
-            command = [tool.path, "-v", f"--gpu-name={architecture}", str(file), "-o", str(file.with_suffix(".cubin"))]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            reports.append(result.stderr)
-            if result.returncode == 0:
-                stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr).groups()
-                return int(stores) + int(loads)
-    raise RuntimeError(f"no ptxas takes {architecture}: {reports}")
+def planted_spill() -> None:
+    _spilling_kernel[(1,)](torch.empty(1), BLOCK=32768, num_warps=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
-    target = TARGETS[parser.parse_args().target]
-    # What the launchers ask of the build of PyTorch, answered for the target.
-    with mock.patch.object(torch.version, "hip", "6.0" if target.gpu.backend == "hip" else None):
-        launches = record(target.cases)
-    for kernel, arguments, options in launches.values():
-        compiled = compile_ahead(kernel, arguments, options, target.gpu)
-        row = {
-            "kernel": kernel.__name__,
-            "types": arguments.types,
-            "constants": {
-                ".".join([kernel.params[first].name, *map(str, inner)]): value
-                for (first, *inner), value in arguments.constants.items()
-            },
-            "options": options,
-            "machine_code_bytes": len(compiled.asm.get("cubin", compiled.asm.get("hsaco", b""))),
-            "spilled": spilled(compiled),
-            "shared_bytes": compiled.metadata.shared,
-            "shared_limit": target.shared_bytes,
-        }
-        print(json.dumps(row, default=str), flush=True)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--planted", action="store_true", help="a kernel that spills, in place of the package's")
+    options = parser.parse_args()
+    for device, name in enumerate(options.targets):
+        target = TARGETS[name]
+        with compiling(target.gpu, device) as rows:
+            for call in [planted_spill] if options.planted else calls(target.cases):
+                call()
+        for row in rows:
+            print(json.dumps({"target": name, **row, "shared_limit": target.shared_bytes}, default=str))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ LAYOUTS = {
 }
 
 
-def textbook_scores(x: Tensor, directions: Tensor, images: list[int] | None = None, eps: float = 1e-5) -> Tensor:
+def textbook_scores(
+    x: Tensor, directions: Tensor, images: list[int] | Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """Layer-normalise every pixel without affine part, then multiply."""
     pixels = rearrange(x if images is None else x[images], "s d h w -> s (h w) d")
     return directions @ F.layer_norm(pixels.to(directions.dtype), pixels.shape[-1:], eps=eps).mT
@@ -84,7 +86,12 @@ def inputs(shape, dtype=torch.float32, n_samples=None, n_tokens=2) -> tuple[Tens
 
 
 def check_scores(
-    x: Tensor, directions: Tensor, images: list[int] | None = None, slack: float = 2.0, impl: Impl = "auto", **keywords
+    x: Tensor,
+    directions: Tensor,
+    images: list[int] | Tensor | None = None,
+    slack: float = 2.0,
+    impl: Impl = "auto",
+    **keywords,
 ) -> list[Tensor]:
     """Compare scores and both gradients with the textbook's, and return them."""
     actual = value_and_gradients(relation_scores, x, directions, image_index=images, impl=impl, **keywords)

@@ -12,8 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
-# They allocate, and fill nothing.
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+from renyi_kd.ops import launches as launch_plans
+from renyi_kd.ops import plan
+
+# They allocate and fill nothing, say how memory is laid out, or compute with dtypes alone.
+_WITHOUT_LAUNCH = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("set_", "promote_types"),
+}
 
 
 @contextmanager
@@ -39,6 +45,8 @@ def launches() -> Iterator[list[str]]:
     with ExitStack() as stack:
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "__getitem__", launcher(kind.__getitem__)))
+        # As for a profiler, plans launch through Triton.
+        stack.enter_context(mock.patch.object(plan, "_is_observed", return_value=True))
         stack.enter_context(_Operations(names))
         yield names
 
@@ -55,6 +63,9 @@ class _Operations(TorchDispatchMode):
             with self:
                 return OPDEFS[schema.name]._init_fn(*args, **(kwargs or {}))
         is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
-        if not is_view and schema.name.removeprefix("aten::") not in _ALLOCATIONS:
+        result = function(*args, **(kwargs or {}))
+        # While a plan is made, nothing runs.
+        is_planning = getattr(launch_plans._thread, "recorder", None) is not None
+        if not (is_view or is_planning or schema.name.removeprefix("aten::") in _WITHOUT_LAUNCH):
             self.names.append(schema.name)
-        return function(*args, **(kwargs or {}))
+        return result

@@ -20,16 +20,54 @@ import triton.language as tl
 from torch import Tensor
 
 from renyi_kd.ops.autograd import second_derivative_refusal
+from renyi_kd.ops.launches import device_of, launcher
+from renyi_kd.ops.row_products import (
+    MAX_ROWS,
+    add_products,
+    gram_of_products,
+    has_tensor_cores,
+    no_products,
+    tile_of_rows,
+)
+from renyi_kd.ops.tiles import cdiv
 
-# Not measured on a GPU yet.
-BLOCK_K = 64
+# Of more rows than a program takes at once: blocks of them, and columns at a time. Not measured on a GPU yet.
+BLOCK_S, BLOCK_K = 64, 32
 BACKWARD_BLOCKS = {"BLOCK_S": 16, "BLOCK_K": 128}
 NUM_WARPS = 4
-PROGRAMS = 512
+# Of a block with itself, and of pairs of blocks.
+PROGRAMS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_steps"])
 def _batch_gram_fwd_kernel(
+    x_ptr, partial_ptr, n_rows, n_columns, n_steps, x_stride_s,
+    BLOCK_L: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Write the products of all rows over n_steps stretches of columns."""
+    program = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK_B)
+    in_s = rows < n_rows
+    high = no_products(BLOCK_L, BLOCK_B, BATCH)
+    mixed = no_products(BLOCK_L, BLOCK_B, BATCH)
+    inner = tl.arange(0, BLOCK_L)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    for step in range(n_steps):
+        columns = (program * n_steps + step) * (BLOCK_L * BLOCK_K) + inner
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[None, :, None] * x_stride_s + columns,
+            mask=in_s[None, :, None] & (columns < n_columns), other=0.0,
+        )  # fmt: skip
+        high, mixed = add_products(x, high, mixed, BATCH, SPLIT)
+    gram = gram_of_products(high, mixed, BLOCK_L, BLOCK_B, BATCH)
+    others = tl.arange(0, BLOCK_B)
+    tl.store(
+        partial_ptr + (program * n_rows + rows[:, None]) * n_rows + others[None, :], gram,
+        mask=in_s[:, None] & (others < n_rows)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_steps"])
+def _batch_gram_of_blocks_fwd_kernel(
     x_ptr, partial_ptr, n_rows, n_columns, n_steps, x_stride_s,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,30 +117,26 @@ def _batch_gram_bwd_kernel(
     )  # fmt: skip
 
 
-def config(n_rows: int) -> dict[str, Any]:
-    """Return the sizes of a tile of rows, and how fp32 is multiplied: exactly enough for fp32, on tensor cores."""
-    block_s = min(64, max(16, triton.next_power_of_2(n_rows)))
-    return {
-        "BLOCK_S": block_s,
-        "BLOCK_K": BLOCK_K if block_s < 64 else BLOCK_K // 2,
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
-        "num_warps": NUM_WARPS if block_s < 64 else 2 * NUM_WARPS,
-    }
-
-
 def launch_forward(rows: Tensor) -> Tensor:
     """Return partial Grams ``[parts, s, s]`` in fp32, by one launch."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n_rows, n_columns = rows.shape
-    settings = config(n_rows)
-    n_blocks = triton.cdiv(n_rows, settings["BLOCK_S"])
-    n_steps = triton.cdiv(triton.cdiv(n_columns, settings["BLOCK_K"]), max(1, PROGRAMS // n_blocks**2))
-    n_splits = triton.cdiv(n_columns, settings["BLOCK_K"] * n_steps)
+    is_whole = n_rows <= MAX_ROWS
+    tile = tile_of_rows(min(n_rows, MAX_ROWS), rows.dtype, device_of(rows))
+    n_blocks = 1 if is_whole else cdiv(n_rows, BLOCK_S)
+    n_tiles = cdiv(n_columns, tile["BLOCK_L"] * tile["BLOCK_K"] if is_whole else BLOCK_K)
+    n_steps = cdiv(n_tiles, max(1, PROGRAMS // n_blocks**2))
+    n_splits = cdiv(n_tiles, n_steps)
     partial = torch.empty(n_splits, n_rows, n_rows, dtype=torch.float32, device=rows.device)
+    arguments = rows, partial, n_rows, n_columns, n_steps, rows.stride(0)
     with torch.cuda.device_of(rows):
-        _batch_gram_fwd_kernel[(n_blocks * n_blocks, n_splits)](
-            rows, partial, n_rows, n_columns, n_steps, rows.stride(0), **settings
-        )
+        if is_whole:
+            launcher(_batch_gram_fwd_kernel, (n_splits,))(*arguments, **tile)
+        else:
+            launcher(_batch_gram_of_blocks_fwd_kernel, (n_blocks * n_blocks, n_splits))(
+                *arguments, BLOCK_S=BLOCK_S, BLOCK_K=BLOCK_K, num_warps=2 * NUM_WARPS,
+                PRECISION="tf32x3" if has_tensor_cores(device_of(rows)) else "ieee",
+            )  # fmt: skip
     return partial
 
 
@@ -121,9 +155,9 @@ def _backward(rows: Tensor, grad_gram: Tensor) -> Tensor:
     rows = rows.contiguous()
     grad_rows = torch.empty_like(rows)
     n_rows, n_columns = rows.shape
-    grid = triton.cdiv(n_columns, BACKWARD_BLOCKS["BLOCK_K"]), triton.cdiv(n_rows, BACKWARD_BLOCKS["BLOCK_S"])
+    grid = cdiv(n_columns, BACKWARD_BLOCKS["BLOCK_K"]), cdiv(n_rows, BACKWARD_BLOCKS["BLOCK_S"])
     with torch.cuda.device_of(rows):
-        _batch_gram_bwd_kernel[grid](
+        launcher(_batch_gram_bwd_kernel, grid)(
             rows, grad_gram, grad_rows, n_rows, n_columns, rows.stride(0), grad_rows.stride(0),
             **BACKWARD_BLOCKS, num_warps=NUM_WARPS,
         )  # fmt: skip

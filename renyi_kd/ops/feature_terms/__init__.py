@@ -19,13 +19,12 @@ def feature_terms(
 ) -> RelationTerms:
     """Return what :func:`reference.feature_terms` defines.
 
-    Where Triton runs all of it, one sample an image, at alpha = 2 and over the batch alone, it is one operator with few
-    launches; elsewhere each of its operations runs by the implementation that ``impl`` names.
+    Where Triton runs all of it, at alpha = 2 and over the batch alone, it is one operation with few launches; elsewhere
+    each of its operations runs by the implementation that ``impl`` names.
     """
     n_samples, _, n_channels = pair.teacher_tokens.shape
     fits = (
-        pair.images is None
-        and join is None
+        join is None
         and objective.alpha == 2
         and n_samples <= gram_terms.MAX_SAMPLES
         and n_channels <= relation_directions.MAX_CHANNELS

@@ -12,6 +12,7 @@ from renyi_kd.ops.dispatch import Impl
 from renyi_kd.ops.feature_terms.types import Pair
 from renyi_kd.ops.gram_terms import gram_terms
 from renyi_kd.ops.gram_terms.types import RelationTerms
+from renyi_kd.ops.prompts import gram_of_samples
 from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.samples.samples import Join, Samples
@@ -32,7 +33,7 @@ def feature_terms(
     Returns:
         :class:`RelationTerms`; loss and terms in fp32, or fp64 if any feature is. First derivatives.
 
-    Cost: that of the four operations: four reads of each map in PyTorch, and one write of the student's gradient.
+    Cost: that of the four operations: at most four reads of each map, and one write of the student's gradient.
 
     Source: Zhang et al., InfoSAM, ICML 2025.
 
@@ -67,8 +68,7 @@ def feature_terms(
             samples = join(samples)
     image_gram = batch_gram(samples.image_features, impl=impl)
     if samples.images is not None:
-        index = torch.tensor(samples.images, device=image_gram.device)
-        image_gram = image_gram[index[:, None], index]
+        image_gram = gram_of_samples(image_gram, samples.images)
     terms = gram_terms(
         image_gram,
         batch_gram(samples.mask_tokens, impl=impl),

@@ -30,9 +30,12 @@ class Pair(NamedTuple):
 
     def constant_teacher(self) -> Pair:
         """Return the pair without the graphs of the teacher and of the weights, which may be a teacher's estimate."""
-        weight = self.sample_weight
-        return self._replace(
-            teacher_map=self.teacher_map.detach(),
-            teacher_tokens=self.teacher_tokens.detach(),
-            sample_weight=None if weight is None else weight.detach(),
+        teacher_map, teacher_tokens, student_map, student_tokens, images, weight = self
+        return Pair(
+            teacher_map.detach() if teacher_map.requires_grad else teacher_map,
+            teacher_tokens.detach() if teacher_tokens.requires_grad else teacher_tokens,
+            student_map,
+            student_tokens,
+            images,
+            weight.detach() if weight is not None and weight.requires_grad else weight,
         )

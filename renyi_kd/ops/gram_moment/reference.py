@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from renyi_kd.fp64 import fp64_device, has_fp64, in_fp64, out_of_fp64
 from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial, pair_distances
 from renyi_kd.ops.autograd import refuse_second_derivative
 
-# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. On a GPU 64 MiB, as a block takes
-# dozens of launches.
-BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_GPU = 2**18, 2**24
+# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. Elsewhere 64 MiB, since a block
+# takes dozens of launches.
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_ELSEWHERE = 2**18, 2**24
 
 
 def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> Tensor:
@@ -48,6 +49,9 @@ def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> T
     per variable, and the gradient in fp32.
 
     """
+    if not has_fp64(features[0].device) and any(isinstance(kernel, RBF) for kernel in kernels):
+        # Distances need fp64 for every pair of samples.
+        features = [x.to(fp64_device(x.device)) for x in features]
     moment: Tensor = _GramMoment.apply(tuple(kernels), *features)  # type: ignore[no-untyped-call]
     return moment
 
@@ -60,11 +64,11 @@ class _GramMoment(torch.autograd.Function):
         n_samples = len(features[0])
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, kernels, strict=True)]
-            moment = torch.full((), n_samples, dtype=torch.float64, device=features[0].device)
+            moment = torch.full((), n_samples, dtype=torch.float64, device=fp64_device(features[0].device))
             for block in _blocks(features[0]):
                 # The rest is the same by symmetry.
                 squares = _off_diagonal_squares(_values(variables, block, block.stop), block)
-                moment += squares[:, : block.start].sum(dtype=torch.float64) + squares.sum(dtype=torch.float64)
+                moment += _sum(squares[:, : block.start]) + _sum(squares)
         return moment
 
     @staticmethod
@@ -75,13 +79,13 @@ class _GramMoment(torch.autograd.Function):
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
             grads = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
-            row_sums = torch.zeros_like(variables[0].norms, dtype=torch.float64)
+            row_sums = torch.zeros(len(features[0]), dtype=torch.float64, device=grad_moment.device)
             for block in _blocks(features[0]):
                 before = slice(block.start)
                 values = _values(variables, block, block.stop)
                 squares = _off_diagonal_squares(values, block)
-                row_sums[block] += squares.sum(1)
-                row_sums[before] += squares[:, before].sum(0)
+                row_sums[block] += squares.sum(1).to(row_sums.device)
+                row_sums[before] += squares[:, before].sum(0).to(row_sums.device)
                 for k, (variable, grad) in enumerate(zip(variables, grads, strict=True)):
                     if grad is not None:
                         others = [value for index, value in enumerate(values) if index != k]
@@ -92,9 +96,9 @@ class _GramMoment(torch.autograd.Function):
                         grad[before].addmm_(weights[:, before].mT, variable.rows[block])
             for variable, grad in zip(variables, grads, strict=True):
                 if grad is not None:
-                    own = (row_sums[:, None] * variable.self_slope()).to(grad.dtype)
-                    grad.addcmul_(own, variable.rows, value=-1)
-                    grad.mul_(4 * grad_moment)
+                    own = row_sums[:, None] * variable.self_slope().to(row_sums.device)
+                    grad.addcmul_(out_of_fp64(own, grad.device, grad.dtype), variable.rows, value=-1)
+                    grad.mul_(out_of_fp64(4 * grad_moment, grad.device, grad.dtype))
         return None, *(None if grad is None else grad.to(x.dtype) for x, grad in zip(features, grads, strict=True))
 
 
@@ -160,12 +164,17 @@ def prepare(x: Tensor, kernel: KnownKernel) -> Variable:
     return Variable(kernel, rows, norms, inverse, x.dtype == torch.float64)
 
 
+def _sum(squares: Tensor) -> Tensor:
+    """Return the sum in fp64; where the device has none, of sums of rows."""
+    return squares.sum(dtype=torch.float64) if has_fp64(squares.device) else in_fp64(squares.sum(1)).sum()
+
+
 def _slope(kernel: RBF) -> float:
     return float(kernel.bandwidth) ** -2
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
-    n_samples, elements = len(x), BLOCK_ELEMENTS_ON_GPU if x.is_cuda else BLOCK_ELEMENTS
+    n_samples, elements = len(x), BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
     step = max(1, elements // n_samples)
     return (slice(start, min(start + step, n_samples)) for start in range(0, n_samples, step))
 

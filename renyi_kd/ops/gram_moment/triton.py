@@ -21,6 +21,8 @@ from torch import Tensor
 
 from renyi_kd.gram import RBF, KnownKernel, Polynomial
 from renyi_kd.ops.autograd import second_derivative_refusal
+from renyi_kd.ops.launches import launcher
+from renyi_kd.ops.tiles import cdiv
 
 # Not measured on a GPU yet: among the largest tiles that spill on no target.
 FORWARD_BLOCKS = {"BLOCK_N": 64, "BLOCK_D": 16}
@@ -221,11 +223,11 @@ def _forward(
 ) -> Tensor:
     arguments, constants = _arguments(features, kinds, scales, degrees)
     n_samples = len(features[0])
-    n_blocks = triton.cdiv(n_samples, FORWARD_BLOCKS["BLOCK_N"])
+    n_blocks = cdiv(n_samples, FORWARD_BLOCKS["BLOCK_N"])
     # Zeros, as the tiles above the diagonal write nothing.
     partial = torch.zeros(n_blocks, n_blocks, dtype=torch.float32, device=features[0].device)
     with torch.cuda.device_of(features[0]):
-        _gram_moment_fwd_kernel[(n_blocks, n_blocks)](
+        launcher(_gram_moment_fwd_kernel, (n_blocks, n_blocks))(
             **arguments, partial_ptr=partial, n_samples=n_samples, **constants, **FORWARD_BLOCKS, num_warps=8
         )
     # What every sample is to itself is 1, and was left out of the tiles: no rounding there.
@@ -251,9 +253,9 @@ def _backward(
     arguments, constants = _arguments(features, kinds, scales, degrees)
     n_samples, n_features = features[which].shape
     grad = torch.empty_like(features[which])
-    grid = triton.cdiv(n_samples, BACKWARD_BLOCKS["BLOCK_N"]), triton.cdiv(n_features, BACKWARD_BLOCKS["BLOCK_OUT"])
+    grid = cdiv(n_samples, BACKWARD_BLOCKS["BLOCK_N"]), cdiv(n_features, BACKWARD_BLOCKS["BLOCK_OUT"])
     with torch.cuda.device_of(grad):
-        _gram_moment_bwd_kernel[grid](
+        launcher(_gram_moment_bwd_kernel, grid)(
             **arguments, grad_moment_ptr=grad_moment, grad_x_ptr=grad, grad_stride_n=grad.stride(0),
             grad_stride_d=grad.stride(1), n_samples=n_samples, **constants, WHICH=which, **BACKWARD_BLOCKS,
             # AMD's warps are twice as wide.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from renyi_kd.entropy import renyi_entropy
-from renyi_kd.gram import unit_diagonal
+from renyi_kd.entropy import entropy_of_trace_one
+from renyi_kd.fp64 import in_fp64, out_of_fp64
+from renyi_kd.gram import unit_scale, with_unit_diagonal
 from renyi_kd.objective import Objective
+from renyi_kd.ops.autograd import refuse_second_derivative
 from renyi_kd.ops.gram_terms.types import LEAST_PRODUCT, RelationTerms
 
 
@@ -60,25 +63,26 @@ def gram_terms(
     2112.01583).
 
     """
-    # Small beside the features: in fp64 the relations of nearly equal samples still differ by more than rounding.
-    teacher_maps, student_maps = teacher_scores.flatten(1).double(), student_scores.flatten(1).double()
+    device, dtype = teacher_scores.device, teacher_scores.dtype
     # What L_d does not read of a Gram has no gradient.
-    relations = torch.stack([teacher_maps, student_maps.detach() if objective.compares_pairs else student_maps])
-    grams = torch.cat([torch.stack([image_gram, token_gram]), relations @ relations.mT])
-    image, token, teacher, student = unit_diagonal(grams).unbind()
+    read = student_scores.detach() if objective.compares_pairs else student_scores
+    inputs = in_fp64(image_gram) * in_fp64(token_gram)
+    teacher, student, unit_inputs = _cosines(teacher_scores, read, inputs).unbind()
     target = teacher.detach() if objective.detach_teacher_relation else teacher
     # All entropies in one batch: the matrices are so small that each call costs as much as all of them.
-    entropy_grams = [teacher, image * token * teacher]
+    entropy_grams = [teacher, unit_inputs * teacher]
     if objective.distillation == "mutual_information":
         entropy_grams += [target, student, target * student]
     elif objective.distillation == "debiased":
         entropy_grams += [target * target, student * student, target * student]
-    marginal, joint, *bits = renyi_entropy(torch.stack(entropy_grams), objective.alpha)
+    # Their diagonals are ones.
+    normalised = torch.stack(entropy_grams) / len(teacher)
+    marginal, joint, *bits = entropy_of_trace_one(normalised, objective.alpha).unbind()
     l_r = marginal - joint
     if objective.distillation == "cauchy_schwarz":
         l_d = _cauchy_schwarz_divergence(target, student)
     elif objective.distillation == "jensen_renyi":
-        l_d = _mean_jensen_renyi_divergence(teacher_maps.detach(), student_maps, weight)
+        l_d = _mean_jensen_renyi_divergence(teacher_scores.detach(), student_scores, weight)
     elif objective.distillation == "debiased":
         teacher_bits, student_bits, both = bits
         l_d = both - teacher_bits / 2 - student_bits / 2
@@ -86,8 +90,8 @@ def gram_terms(
         teacher_bits, student_bits, both = bits
         l_d = both - teacher_bits - student_bits
     loss = objective.lambda_r * l_r + objective.lambda_d * l_d
-    dtype = teacher_scores.dtype
-    return RelationTerms(loss.to(dtype), l_r.to(dtype), l_d.to(dtype), teacher.detach(), student.detach())
+    loss, l_r, l_d = (out_of_fp64(value, device, dtype) for value in (loss, l_r, l_d))
+    return RelationTerms(loss, l_r, l_d, teacher.detach(), student.detach())
 
 
 def _cauchy_schwarz_divergence(a: Tensor, b: Tensor) -> Tensor:
@@ -97,7 +101,50 @@ def _cauchy_schwarz_divergence(a: Tensor, b: Tensor) -> Tensor:
     return bits + 2 / (least * math.log(2)) * (least - product).relu()
 
 
-def _mean_jensen_renyi_divergence(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
-    pairs = torch.stack([a, b], 1)
-    bits = renyi_entropy(unit_diagonal(pairs @ pairs.mT), 2.0)
-    return bits.mean() if weight is None else (weight * bits).mean()
+def _mean_jensen_renyi_divergence(teacher: Tensor, student: Tensor, weight: Tensor | None) -> Tensor:
+    cosine = _cosines(teacher, student)[:, 0, 1]
+    bits = 1 - (1 + cosine.square()).log2()
+    return bits.mean() if weight is None else (in_fp64(weight) * bits).mean()
+
+
+def _cosines(teacher: Tensor, student: Tensor, other: Tensor | None = None) -> Tensor:
+    """Return the cosines of relation maps ``[s, ...]`` in fp64.
+
+    Those of each sample's two maps, ``[s, 2, 2]``; or with ``other``, a Gram matrix that needs no gradient, those of
+    all samples of each model and that matrix with a unit diagonal, ``[3, s, s]``. The maps are small beside the
+    features: in fp64 the relations of nearly equal samples still differ by more than rounding.
+    """
+    cosines: Tensor = _Cosines.apply(teacher.flatten(1), student.flatten(1), other)  # type: ignore[no-untyped-call]
+    return cosines
+
+
+class _Cosines(torch.autograd.Function):
+    """Cosines of rows, with one product of all rows for the gradient.
+
+    With G the cosines, r_i = 1 / |x_i|, and W = dG + dG^T off the diagonal: ``dx = A x``, where ``A_ij = r_i W_ij r_j``
+    off the diagonal and ``A_ii = -r_i^2 sum_j W_ij G_ij`` on it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, teacher: Tensor, student: Tensor, other: Tensor | None) -> Tensor:
+        dim = 1 if other is None else 0
+        rows = in_fp64(torch.stack([teacher, student], dim))
+        products = torch.bmm(rows, rows.mT)
+        products = products if other is None else torch.cat([products, other[None]])
+        scale = unit_scale(products)
+        cosines = with_unit_diagonal(products, scale)
+        ctx.save_for_backward(cosines, rows, scale)
+        ctx.dim, ctx.device, ctx.dtype = dim, teacher.device, teacher.dtype
+        return cosines
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("gram_terms", "differentiate entropies of gram_matrix(scores) instead")
+        cosines, rows, scale = ctx.saved_tensors
+        n = len(rows)
+        weights = grad[:n] + grad[:n].mT
+        weights.diagonal(dim1=-2, dim2=-1).zero_()
+        own = (weights * cosines[:n]).sum(-1) * scale[:n].square()
+        weights = weights * scale[:n, :, None] * scale[:n, None, :]
+        weights.diagonal(dim1=-2, dim2=-1).copy_(-own)
+        return *out_of_fp64(torch.bmm(weights, rows), ctx.device, ctx.dtype).unbind(ctx.dim), None

@@ -83,7 +83,9 @@ def _differentiate(
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(second_derivative_refusal("gram_terms", "use impl='reference' for the terms"))
+_backward.register_autograd(
+    second_derivative_refusal("gram_terms", "differentiate entropies of gram_matrix(scores) instead")
+)
 
 
 def gram_terms(

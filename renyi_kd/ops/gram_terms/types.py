@@ -18,7 +18,8 @@ class RelationTerms(NamedTuple):
         loss: ``lambda_r * compression + lambda_d * distillation``, ``[]`` in bits, as the terms.
         compression: L_r.
         distillation: L_d, of the form that was asked for.
-        teacher_gram: ``[s, s]`` in fp64 with unit diagonal: cosines of the teacher's relation maps; no gradient.
+        teacher_gram: ``[s, s]`` in fp64 with unit diagonal: cosines of the teacher's relation maps; no gradient. On the
+            CPU where the device has no fp64.
         student_gram: likewise of the student.
 
     """

@@ -1,0 +1,27 @@
+"""Where what must be in fp64 is computed: on the device of its operands or, if that has no fp64, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_fp64(device: torch.device) -> bool:
+    """Return whether a device computes in fp64, which those of Apple (MPS) do not."""
+    return device.type != "mps"
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    """Return where the fp64 part of a computation on ``device`` runs."""
+    return device if has_fp64(device) else torch.device("cpu")
+
+
+def in_fp64(x: Tensor) -> Tensor:
+    """Return ``x`` in fp64 on :func:`fp64_device`; differentiable, and for a device without fp64 the host waits."""
+    # One after the other, as a copy between devices may convert on the one that cannot.
+    return x.to(fp64_device(x.device)).double()
+
+
+def out_of_fp64(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a result of :func:`in_fp64` on ``device`` again, in a ``dtype`` that the device has; differentiable."""
+    return x.to(dtype).to(device)
