@@ -22,6 +22,7 @@ from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.ops.gram_moment import gram_moment
 from renyi_kd.ops.gram_terms import gram_terms
 from renyi_kd.ops.gram_terms.types import RelationTerms
+from renyi_kd.ops.prompts import image_index_on
 from renyi_kd.ops.relation_directions import RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import gradients, in_training, randn, relation_module, sam_features
@@ -869,6 +870,21 @@ def test_several_prompts_an_image_take_no_launch():
     with launches() as names:
         step()
     assert len(names) == 8, names
+
+
+def test_the_index_of_a_step_of_another_mode_is_none_of_a_training_step():
+    """What is kept of a pattern of prompts serves every step, whatever the mode of the first."""
+    images = [0, 1, 1, 3]
+    teacher, student, relation = setting(image_index=images)
+    with FakeTensorMode():
+        image_index_on(torch.device(DEVICE), tuple(images))
+    with torch.inference_mode():
+        infosam_terms(relation, teacher, student, impl="triton")
+    found, expected = (
+        loss_and_gradients(infosam_terms, teacher, student, relation, impl=impl) for impl in ("triton", "reference")
+    )
+    assert_close_on_scale(found[0], expected[0], name="loss", rtol=1e-5)
+    assert_close_on_scale(found[3], expected[3], name="map", rtol=1e-5)
 
 
 def test_weights_of_samples_take_no_launch():

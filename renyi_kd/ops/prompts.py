@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 
 def prompts_of_each(images: Sequence[int], n_images: int) -> int | None:
@@ -36,7 +37,16 @@ def index_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     return index.to(device, non_blocking=True)
 
 
-@lru_cache(256)
 def image_index_on(device: torch.device, images: tuple[int, ...]) -> Tensor:
     """Return the image of each sample on a device, copied there once: batches of a training repeat a few of them."""
-    return index_on(device, images)
+    # Who follows operations has tensors that are none of later steps.
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        return index_on(device, images)
+    return _kept_index(device, images)
+
+
+@lru_cache(256)
+def _kept_index(device: torch.device, images: tuple[int, ...]) -> Tensor:
+    # Where validation comes first, training saves it for its backward all the same.
+    with torch.inference_mode(False):
+        return index_on(device, images)
