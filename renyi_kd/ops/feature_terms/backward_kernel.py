@@ -25,14 +25,14 @@ from renyi_kd.ops.launches import launcher
 from renyi_kd.ops.pixels import channel_places, pixel_places, pixels_of
 from renyi_kd.ops.relation_scores.triton import (
     PROGRAMS,
-    _image_of,
-    _mean_of_direction,
-    _next_sample,
     backward_tile,
+    image_of,
+    mean_of_direction,
+    next_sample,
 )
 from renyi_kd.ops.tiles import cdiv, next_power_of_2
 
-# Every program mixes the maps of all samples: of more, that takes far longer than reading the maps.
+# Every program mixes the maps of all samples, which by the count of its instructions outgrows reading the maps.
 MAX_SAMPLES = 64
 # Samples whose relation maps are mixed at a time, so few that nothing spills; not measured on a GPU yet.
 BLOCK_S = 8
@@ -63,7 +63,7 @@ def _backward_of_map(
         grad_ptr += channel_places(channels, grad_stride_c, GRAD_CHANNELS_LAST, GRAD_ALIGN)[:, None]
         offset = tl.load(offsets_ptr + row)
         v = tl.load(directions_ptr + row * n_channels + channels, mask=in_c, other=0.0)
-        v -= _mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
+        v -= mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
     for step in range(n_steps):
         pixels = (part * n_steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         in_p = pixels < n_pixels
@@ -117,12 +117,12 @@ def _gradient_of_image(
         places = pixel_places(pixels, width, x_stride_h, x_stride_w, CHANNELS_LAST, ALIGN, MERGED)
         x = tl.load(tile_ptr + places[None, :], mask=inside, other=0.0).to(tl.float32)
         grad = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        sample = _next_sample(index_ptr, image, -1, n_samples)
+        sample = next_sample(index_ptr, image, -1, n_samples)
         while sample < n_samples:
             row = n_samples + sample
             kept_ptr = statistics_ptr + row.to(tl.int64) * 2 * n_pixels
             v = tl.load(directions_ptr + row * n_channels + channels, mask=in_c, other=0.0)
-            v -= _mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
+            v -= mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
             g = gradient_of_map(
                 scores_ptr, teacher_scores_ptr, mix_ptr, compression_weight, distillation_weight, sample, pixels,
                 n_samples, n_pixels, BLOCK_S, True, PAIRS,
@@ -133,7 +133,7 @@ def _gradient_of_image(
             s = tl.load(scores_ptr + sample.to(tl.int64) * n_pixels + pixels, mask=in_p, other=0.0)
             b = (s - tl.load(offsets_ptr + row)) * a * rstd * (-1.0 / n_channels)
             grad += (x - mean[None, :]) * b[None, :] + v[:, None] * a[None, :]
-            sample = _next_sample(index_ptr, image, sample, n_samples)
+            sample = next_sample(index_ptr, image, sample, n_samples)
         places = pixel_places(pixels, width, grad_stride_h, grad_stride_w, GRAD_CHANNELS_LAST, GRAD_ALIGN, GRAD_MERGED)
         tl.store(grad_ptr + places[None, :], grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
@@ -168,7 +168,7 @@ def _feature_terms_bwd_kernel(
     if row < n_samples:
         _backward_of_map(
             teacher_ptr, grad_map_ptr, directions_ptr, offsets_ptr, teacher_scores_ptr, teacher_scores_ptr,
-            statistics_ptr, mix_ptr, sums_ptr, compression_weight, distillation_weight, row, _image_of(index_ptr, row),
+            statistics_ptr, mix_ptr, sums_ptr, compression_weight, distillation_weight, row, image_of(index_ptr, row),
             row, block, part, n_samples, n_pixels, n_channels, n_steps, n_parts, sums_stride, width,
             teacher_stride_b, teacher_stride_c, teacher_stride_h, teacher_stride_w,
             grad_stride_b, grad_stride_c, grad_stride_h, grad_stride_w, BLOCK_C, BLOCK_P, BLOCK_D, BLOCK_S,
@@ -180,7 +180,7 @@ def _feature_terms_bwd_kernel(
         _backward_of_map(
             student_ptr, grad_map_ptr, directions_ptr, offsets_ptr, student_scores_ptr, teacher_scores_ptr,
             statistics_ptr, mix_ptr, sums_ptr, compression_weight, distillation_weight, sample,
-            _image_of(index_ptr, sample), row, block, part, n_samples, n_pixels, n_channels, n_steps, n_parts,
+            image_of(index_ptr, sample), row, block, part, n_samples, n_pixels, n_channels, n_steps, n_parts,
             sums_stride, width, student_stride_b, student_stride_c, student_stride_h, student_stride_w,
             grad_stride_b, grad_stride_c, grad_stride_h, grad_stride_w, BLOCK_C, BLOCK_P, BLOCK_D, BLOCK_S,
             STUDENT_CHANNELS_LAST, STUDENT_ALIGN, STUDENT_MERGED, GRAD_CHANNELS_LAST, GRAD_ALIGN, GRAD_MERGED,

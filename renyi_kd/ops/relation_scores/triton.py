@@ -54,13 +54,13 @@ _UNALIGNED = ["index_ptr", "offsets_ptr", "partial_ptr"]
 
 
 @triton.jit
-def _image_of(index_ptr, sample):
+def image_of(index_ptr, sample):
     """Return the image of a sample."""
     return sample.to(tl.int64) if index_ptr is None else tl.load(index_ptr + sample).to(tl.int64)
 
 
 @triton.jit
-def _next_sample(index_ptr, image, after, n_samples):
+def next_sample(index_ptr, image, after, n_samples):
     """Return the first sample of an image after another; n_samples if there is none."""
     found = n_samples
     for first in range(0, n_samples, _LOOK_UP):
@@ -71,7 +71,7 @@ def _next_sample(index_ptr, image, after, n_samples):
 
 
 @triton.jit
-def _mean_of_direction(directions_ptr, row, n_channels, BLOCK_D: tl.constexpr):
+def mean_of_direction(directions_ptr, row, n_channels, BLOCK_D: tl.constexpr):
     """Return the mean of a direction."""
     channels = tl.arange(0, BLOCK_D)
     return tl.sum(tl.load(directions_ptr + row * n_channels + channels, mask=channels < n_channels, other=0.0), 0) / (
@@ -108,7 +108,7 @@ def _relation_scores_fwd_kernel(
 
     channels = tl.arange(0, BLOCK_C)
     in_c = channels < n_channels
-    image_ptr = x_ptr + tl.multiple_of(_image_of(index_ptr, sample) * x_stride_b, [ALIGN])
+    image_ptr = x_ptr + tl.multiple_of(image_of(index_ptr, sample) * x_stride_b, [ALIGN])
     tile_ptr = (
         image_ptr
         + channel_places(channels, x_stride_c, CHANNELS_LAST, ALIGN)[None, :, None]
@@ -198,7 +198,7 @@ def _relation_scores_bwd_kernel(
     unit = tl.program_id(0) // (n_parts * n_blocks)
     channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = channels < n_channels
-    image = unit.to(tl.int64) if BY_IMAGE else _image_of(index_ptr, unit)
+    image = unit.to(tl.int64) if BY_IMAGE else image_of(index_ptr, unit)
     tile_ptr = (
         x_ptr
         + tl.multiple_of(image * x_stride_b, [ALIGN])
@@ -216,7 +216,7 @@ def _relation_scores_bwd_kernel(
         total = tl.zeros((BLOCK_P,), tl.float32)
         if NEEDS_X:
             v = tl.load(directions_ptr + row * n_channels + channels, mask=in_c, other=0.0)
-            v -= _mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
+            v -= mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
     for step in range(n_steps):
         pixels = (part * n_steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         in_p = pixels < n_pixels
@@ -235,7 +235,7 @@ def _relation_scores_bwd_kernel(
                 grad = y * b[None, :] + v[:, None] * a[None, :]
         else:
             grad = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-            sample = _next_sample(index_ptr, unit, -1, n_samples) if BY_IMAGE else unit
+            sample = next_sample(index_ptr, unit, -1, n_samples) if BY_IMAGE else unit
             while sample < n_samples:
                 for token in range(n_tokens):
                     row = sample.to(tl.int64) * n_tokens + token
@@ -246,7 +246,7 @@ def _relation_scores_bwd_kernel(
                     y = x - mean[None, :]
                     if NEEDS_X:
                         v = tl.load(directions_ptr + row * n_channels + channels, mask=in_c, other=0.0)
-                        v -= _mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
+                        v -= mean_of_direction(directions_ptr, row, n_channels, BLOCK_D)
                         grad += y * b[None, :] + v[:, None] * a[None, :]
                     if partial_ptr is not None:
                         row_ptr = partial_ptr + (row * n_parts + part) * (n_channels + 1)
@@ -259,7 +259,7 @@ def _relation_scores_bwd_kernel(
                         tl.store(row_ptr + n_channels, total, mask=block == 0)
                         # The threads that read the row at the next tile may not be those that wrote it.
                         tl.debug_barrier()
-                sample = _next_sample(index_ptr, unit, sample, n_samples) if BY_IMAGE else n_samples
+                sample = next_sample(index_ptr, unit, sample, n_samples) if BY_IMAGE else n_samples
         if NEEDS_X:
             places = pixel_places(
                 pixels, width, grad_stride_h, grad_stride_w, GRAD_CHANNELS_LAST, GRAD_ALIGN, GRAD_MERGED
