@@ -14,10 +14,10 @@ from renyi_kd.samples.processes import n_processes
 # Of the step before which nothing was measured: next to no effect, and enough to be measured in every dtype.
 FIRST_WEIGHT = 2.0**-10
 # A mean over about ten steps.
-_NEWEST = 0.1
+NEWEST = 0.1
 # From step to step. Where the student begins as the teacher, a form whose optimum that is has next to no gradient; the
 # weight that makes a tenth of the task's of it is far too large one step later.
-_MOST_GROWTH = 2.0
+MOST_GROWTH = 2.0
 # In so many steps the host waits, to say that there is no task loss.
 _CHECKED_STEPS = 3
 # Losses that were never differentiated; more than a step would compute.
@@ -82,9 +82,9 @@ class ShareControl(nn.Module):
         # A step is judged whole: where one of its gradients overflowed, none of them counts.
         moves = (share > 0) & squares.isfinite().all() & (_task_of(squares) > 0)
         self.n_steps += moves
-        newest = (1 / self.n_steps.clamp_min(1)).clamp_min(_NEWEST)
+        newest = (1 / self.n_steps.clamp_min(1)).clamp_min(NEWEST)
         self.mean += torch.where(moves, newest * (share - self.mean), torch.zeros_like(share))
-        weight = torch.minimum(self.share / self.mean, _MOST_GROWTH * self.weight)
+        weight = torch.minimum(self.share / self.mean, MOST_GROWTH * self.weight)
         self.weight.copy_(torch.where(moves, weight, self.weight))
         # Of its own, as the graph of the loss keeps it.
         return self.weight.clone()

@@ -11,11 +11,7 @@ from benchmarks.segmentation.distillers.base import Distiller
 from benchmarks.segmentation.observation import Observation
 from renyi_kd.gradient_share import GradientMeasurement
 from renyi_kd.sam.reads import Read, Reads, read
-from renyi_kd.share_control import FIRST_WEIGHT
-
-# As in renyi_kd.share_control, whose rule this is.
-_NEWEST = 0.1
-_MOST_GROWTH = 2.0
+from renyi_kd.share_control import FIRST_WEIGHT, MOST_GROWTH, NEWEST
 
 
 class ShareControl:
@@ -41,8 +37,8 @@ class ShareControl:
         self._measure()
         if self.share is not None and math.isfinite(self.measured) and self.measured > 0:
             self._n_steps += 1
-            self._mean += max(1 / self._n_steps, _NEWEST) * (self.measured / self.weight - self._mean)
-            self.weight = min(self.share / self._mean, _MOST_GROWTH * self.weight)
+            self._mean += max(1 / self._n_steps, NEWEST) * (self.measured / self.weight - self._mean)
+            self.weight = min(self.share / self._mean, MOST_GROWTH * self.weight)
         return self.weight
 
     def follow(self, measurements: Sequence[GradientMeasurement], weight: float) -> None:
