@@ -126,7 +126,7 @@ TARGETS = {
     "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024, LARGEST),
     "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * 1024, AS_ANOTHER),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ALL),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, LARGE),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, LARGEST),
     "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, LARGEST),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, LARGE),
     "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64 * 1024, LARGEST),
