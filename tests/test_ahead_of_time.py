@@ -65,9 +65,9 @@ def test_kernels_compile_and_fit(targets):
     rows = run("--targets", *targets)
     assert {row["target"] for row in rows} == set(targets)
     for target in set(targets) & WHOLE:
-        of_target = [row for row in rows if row["target"] == target]
-        assert {row["kernel"] for row in of_target} == kernels()
-        constants = {value for row in of_target for value in row["constants"].values() if isinstance(value, str)}
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels()
+    if "sm_90" in targets:
+        constants = {value for row in rows for value in row["constants"].values() if isinstance(value, str)}
         assert constants >= set(get_args(Distillation))
     for row in rows:
         assert row["machine_code_bytes"] > 0, row
