@@ -47,9 +47,10 @@ def feature_entropy(
             processes of the group call alike, forward and backward.
 
     Returns:
-        ``[]`` in bits, in fp32, or fp64 if any feature is. First derivatives only. Of a group, the value of all samples,
-        bit for bit the same in each process. The gradient there is that of the own rows times the number of processes.
-        So the average over processes, which DDP and FSDP take, is the gradient of the value, as under ``global_batch``.
+        ``[]`` in bits, in fp32, or fp64 if any feature is. First derivatives only. Of a group, the value of all its
+        samples, bit for bit the same in each process. Each process gets the gradient of its own rows, times the number
+        of processes. So the average over processes, which DDP and FSDP take, is the gradient of the value, as under
+        ``global_batch``.
 
     Raises:
         TypeError: a feature is not a floating-point tensor, or ``process_group`` is none of this process.
@@ -69,8 +70,8 @@ def feature_entropy(
     2.0
 
     """
-    kernels, shards = _checked("feature_entropy", features, kernel, impl, process_group)
-    return _entropy(features, kernels, impl, shards)
+    (joint,) = _entropies("feature_entropy", features, [slice(None)], kernel, impl, process_group)
+    return joint
 
 
 def feature_mutual_information(
@@ -110,15 +111,29 @@ def feature_mutual_information(
     2.0
 
     """
-    features = a, b
-    kernels, shards = _checked("feature_mutual_information", features, kernel, impl, process_group)
-    apart = [_entropy([x], [k], impl, shards) for x, k in zip(features, kernels, strict=True)]
-    return apart[0] + apart[1] - _entropy(features, kernels, impl, shards)
+    parts = [slice(0, 1), slice(1, 2), slice(0, 2)]
+    of_a, of_b, joint = _entropies("feature_mutual_information", (a, b), parts, kernel, impl, process_group)
+    return of_a + of_b - joint
 
 
-def _entropy(
-    features: Sequence[Tensor], kernels: Sequence[KnownKernel], impl: Impl, shards: Shards | None
-) -> Tensor:
+def _entropies(
+    function: str,
+    features: Sequence[Tensor],
+    parts: Sequence[slice],
+    kernel: FeatureKernel | Sequence[FeatureKernel],
+    impl: Impl,
+    group: ProcessGroup | None,
+) -> list[Tensor]:
+    """Return the joint entropy of each part of the variables."""
+    if group is not None and torch.compiler.is_compiling():
+        # No compiler traces what processes tell one another.
+        eager = torch.compiler.disable(_entropies)  # type: ignore[no-untyped-call]
+        return cast(list[Tensor], eager(function, features, parts, kernel, impl, group))
+    kernels, shards = _checked(function, features, kernel, impl, group)
+    return [_entropy(features[part], kernels[part], impl, shards) for part in parts]
+
+
+def _entropy(features: Sequence[Tensor], kernels: Sequence[KnownKernel], impl: Impl, shards: Shards | None) -> Tensor:
     dtype = torch.float32
     for x in features:
         dtype = torch.promote_types(dtype, x.dtype)

@@ -1,8 +1,9 @@
-"""Samples that lie in several processes: whose they are, what all of them agree on, and how rows get from one to another."""
+"""Samples that lie in several processes: what these agree on, and how rows get from one to another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,7 +54,8 @@ class Shards(NamedTuple):
 
     def _of_all(self, own: Tensor) -> Tensor:
         received = own.new_empty(len(self.counts), *own.shape)
-        distributed.all_gather(list(received), own.contiguous(), group=self.group)
+        with _taking_part(self.function, "all processes of the group"):
+            distributed.all_gather(list(received), own.contiguous(), group=self.group)
         return received
 
     def transfer(self, sent: Sequence[Tensor], to: int, source: int, n_rows: int) -> Transfer:
@@ -67,11 +69,13 @@ class Shards(NamedTuple):
 
         """
         to, source = (distributed.get_global_rank(self.group, rank % len(self.counts)) for rank in (to, source))
+        partners = f"processes {to} and {source}" if to != source else f"process {to}"
         received = [rows.new_empty(n_rows, *rows.shape[1:]) for rows in sent]
         sends = [distributed.P2POp(distributed.isend, rows, to, self.group) for rows in sent if rows.numel()]
         receives = [distributed.P2POp(distributed.irecv, rows, source, self.group) for rows in received if rows.numel()]
-        started = distributed.batch_isend_irecv([*sends, *receives]) if sends or receives else []
-        return Transfer(self.function, (to, source), started, list(sent), received)
+        with _taking_part(self.function, partners):
+            started = distributed.batch_isend_irecv([*sends, *receives]) if sends or receives else []
+        return Transfer(self.function, partners, started, list(sent), received)
 
 
 class Transfer(NamedTuple):
@@ -79,7 +83,7 @@ class Transfer(NamedTuple):
 
     Attributes:
         function: whose messages these are.
-        partners: global ranks of those that receive and send.
+        partners: who receives and sends, in words.
         started: what to wait for.
         sent: which must live until then.
         received: which are whole from then on.
@@ -87,7 +91,7 @@ class Transfer(NamedTuple):
     """
 
     function: str
-    partners: tuple[int, int]
+    partners: str
     started: Sequence[Work]
     sent: list[Tensor]
     received: list[Tensor]
@@ -99,15 +103,9 @@ class Transfer(NamedTuple):
             RuntimeError: a partner has stopped, or does not answer within the group's timeout.
 
         """
-        try:
+        with _taking_part(self.function, self.partners):
             for work in self.started:
                 work.wait()
-        except RuntimeError as error:
-            to, source = self.partners
-            raise RuntimeError(
-                f"{self.function}: processes {to} and {source} must exchange rows with this one, got {error}; see "
-                "the error that one of them raised, and call forward and backward alike in all processes"
-            ) from error
         return self.received
 
 
@@ -141,7 +139,8 @@ def agreed_shards(function: str, group: ProcessGroup, own: Header, device: torch
     """
     headers: list[Header | None] = [None] * distributed.get_world_size(group)
     # NCCL takes the current device, which need not be that of the features.
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    on_device = torch.cuda.device(device if device.type == "cuda" else -1)
+    with on_device, _taking_part(function, "all processes of the group"):
         distributed.all_gather_object(headers, own, group=group)
     told = [header for header in headers if header is not None]
     ranks = distributed.get_process_group_ranks(group)
@@ -165,3 +164,15 @@ def agreed_shards(function: str, group: ProcessGroup, own: Header, device: torch
             "give some of them features with n >= 1"
         )
     return shards
+
+
+@contextmanager
+def _taking_part(function: str, whom: str) -> Iterator[None]:
+    """Say whom an exchange was with where it fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{function}: {whom} must take part in an exchange with this one, got {error}; see the error there, and "
+            "call alike in all processes of the group, forward and backward"
+        ) from error
