@@ -66,7 +66,7 @@ def settings(options: Options) -> list[tuple[int, int, int]]:
 def run_processes(n_samples: int, n_features: int, n_processes: int) -> list[dict[str, dict[str, float]]]:
     """Return what each process found."""
     words = [f"--samples={n_samples}", f"--features={n_features}", f"--processes={n_processes}"]
-    words.append(f"--repeats={max(1, (SOME_SAMPLES // n_samples) ** 2)}")
+    words.append(f"--repeats={min(max(1, (SOME_SAMPLES // n_samples) ** 2), 16)}")
     with tempfile.TemporaryDirectory() as folder:
         started = [
             subprocess.Popen(
@@ -105,9 +105,9 @@ def rows(n_samples: int, n_features: int, n_processes: int) -> list[dict[str, ob
     return made
 
 
-def newest(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Return the last forward + backward of every n, d and number of processes, as numbers."""
-    whole = table[table["pass"] == "forward+backward"].astype({"n": int, "d": int, "processes": int})
+def newest(table: pandas.DataFrame, name: str = "forward+backward") -> pandas.DataFrame:
+    """Return the last row of a pass for every n, d and number of processes, with numbers as such."""
+    whole = table[table["pass"] == name].astype({"n": int, "d": int, "processes": int})
     whole = whole.astype(dict.fromkeys(NUMBERS, float))
     return whole.groupby(["n", "d", "processes"]).last().sort_index()
 
@@ -150,15 +150,20 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
     finish(seconds, "samples n", f"CPU seconds of a process, d = {usual}", "lines: the model, (a + b d) n² / P")
     finish(memory, "samples n", f"MiB of a process, d = {usual}", "memory above the features, and rows received")
     finish(
-        pair, "features d of a sample", "ns for each of n² pairs, all processes together", "line: the model, a + b d"
+        pair,
+        "features d of a sample",
+        "ns for each of n² pairs, all processes together",
+        f"n = {SOME_SAMPLES:,}; line: the model, a + b d",
+        base=2,
     )
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def finish(ax: Axes, x: str, y: str, title: str) -> None:
+def finish(ax: Axes, x: str, y: str, title: str, base: int = 10) -> None:
+    """Name and thin out the axes, both logarithmic; ``base`` is that of the upright one."""
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    ax.set_yscale("log", base=base)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_locator(NullLocator())

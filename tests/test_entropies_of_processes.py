@@ -10,6 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from renyi_kd import RBF, feature_entropy, feature_mutual_information
+from renyi_kd.ops.gram_moment import ring
+from renyi_kd.ops.gram_moment.shards import Shards
 from tests.support import randn
 from tests.support.shards import (
     KERNELS,
@@ -107,6 +109,27 @@ def test_an_average_over_processes_is_the_gradient_of_the_value(found):
     feature_entropy(model(randn(12, 3, seed=5)), kernel=RBF(1.5)).backward()
     for process in found:
         assert_close_on_scale(process["averaged_parameters"], model.weight.grad, name="weight", rtol=1e-5)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_every_pair_of_two_processes_meets_once(counts):
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    met = torch.zeros(sum(counts), sum(counts))
+    work = []
+    for rank, start in enumerate(starts):
+        shards = Shards("test", None, rank, tuple(counts))
+        before = met.sum()
+        for hop in range(1, shards.n_hops + 1):
+            visitor = (rank - hop) % len(counts)
+            own, others = torch.arange(counts[rank]) + start, torch.arange(counts[visitor]) + starts[visitor]
+            rows, cols = ring.share(shards, hop)
+            met[own[rows][:, None], others[cols]] += 1
+        work.append(met.sum() - before)
+    whose = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert torch.equal(met + met.T, (whose[:, None] != whose).float())
+    if len(set(counts)) == 1:
+        # An odd row of two halves is all that one of two processes does more.
+        assert max(work) - min(work) <= counts[0]
 
 
 # Memory and bytes.

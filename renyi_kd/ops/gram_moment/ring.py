@@ -65,7 +65,7 @@ class _RingMoment(torch.autograd.Function):
                 if hop == 0:
                     moment += reference.moment_of_pairs(own, own)
                 else:
-                    rows, cols = _share(shards, hop)
+                    rows, cols = share(shards, hop)
                     visitors = _prepared(visiting, kernels, centres)
                     moment += reference.moment_of_pairs(_part(own, rows), _part(visitors, cols))
             return shards.total(moment) + shards.n_samples
@@ -83,7 +83,7 @@ class _RingMoment(torch.autograd.Function):
                 if hop == 0:
                     reference.add_gradients_of_pairs(own, gradients, own, gradients)
                     continue
-                rows, cols = _share(shards, hop)
+                rows, cols = share(shards, hop)
                 visitors = _prepared(visiting, ctx.kernels, ctx.centres)
                 theirs = reference.no_gradients(visitors, needed)
                 reference.add_gradients_of_pairs(
@@ -108,7 +108,7 @@ def _visits(shards: Shards, features: Sequence[Tensor]) -> Iterator[tuple[int, S
     yield shards.n_hops, visiting
 
 
-def _share(shards: Shards, hop: int) -> tuple[slice, slice]:
+def share(shards: Shards, hop: int) -> tuple[slice, slice]:
     """Return which of the own rows meet which of the visitors at a hop."""
     everything = slice(None)
     if 2 * hop < len(shards.counts):
