@@ -44,11 +44,12 @@ class Shards(NamedTuple):
         return self._of_all(own).sum(0)
 
     def every(self, step: int, own: Tensor) -> Tensor:
-        """Return one of every ``step`` rows, in all processes those of all, beginning with the first."""
+        """Return one of every ``step`` rows of all processes, beginning with the first, in at least fp32."""
         starts = [sum(self.counts[:rank]) for rank in range(len(self.counts))]
         kept = [range(-start % step, count, step) for start, count in zip(starts, self.counts, strict=True)]
         most = max(map(len, kept))
-        sent = own.new_zeros(most, own.shape[1])
+        # Under autocast a CPU joins no rows in float16.
+        sent = own.new_zeros(most, own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32))
         sent[: len(kept[self.rank])] = own[-starts[self.rank] % step :: step]
         return torch.cat([rows[: len(k)] for rows, k in zip(self._of_all(sent), kept, strict=True)])
 
