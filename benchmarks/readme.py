@@ -13,6 +13,7 @@ import pandas
 
 from benchmarks.files import whole_file
 from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
+from benchmarks.many_samples import newest, pair_model
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
 from benchmarks.segmentation.rows import Row, read
@@ -123,6 +124,26 @@ def instructions_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table)}\n\nCounted with Triton {' and '.join(rows['triton'].unique())} for sm_90."
 
 
+def many_samples_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what entropies of many samples cost each of some processes as Markdown, with the model."""
+    measured, forward = newest(rows), newest(rows, "forward")
+    usual = measured.index.get_level_values("d").value_counts().idxmax()
+    both = measured.xs(usual, level="d")
+    table = pandas.DataFrame(
+        {
+            "forward": forward.xs(usual, level="d")["cpu_s"].map("{:.3g} s".format),
+            "forward + backward": both["cpu_s"].map("{:.3g} s".format),
+            "a pair": both["ns_a_pair"].map("{:.1f} ns".format),
+            "memory": both["peak_mib"].map("{:.0f} MiB".format),
+            "received": both["received_mib"].map("{:.1f} MiB".format),
+        }
+    )
+    table = table.rename("{:,}".format, level="n").rename(str, level="processes").rename_axis(["samples", "processes"])
+    fixed, of_feature = pair_model(measured)
+    said = f"d = {usual}, fp32, linear kernel. Forward + backward takes {fixed:.1f} + {of_feature:.3f} d ns a pair."
+    return f"{markdown(table)}\n\n{said} Measured on {where(measured)}."
+
+
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
     """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
     whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
@@ -156,6 +177,7 @@ def segmentation_tables(rows: Sequence[Row]) -> str:
 
 # What is made of what, by document: a table by its name, which is that of its rows.
 DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
+    "docs/entropies.md": {"many_samples": many_samples_table},
     "docs/forms.md": {"shares": shares_table, "forms_cpu": forms_table},
     "docs/models.md": {"families": families_table},
     "docs/speed.md": {

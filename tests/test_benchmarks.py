@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import busy, cases, descent, gpu, kernels, measure, teachers
-from benchmarks.readme import busy_table
+from benchmarks import busy, cases, descent, gpu, kernels, many_samples, measure, teachers
+from benchmarks.readme import busy_table, many_samples_table
 from benchmarks.segmentation import __main__ as segmentation
 from benchmarks.segmentation import grid
 from tests.support.command_line import help_of
@@ -257,7 +257,7 @@ def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
     assert "--only must name steps of ['steps', 'loss_64'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent])
+@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent, many_samples])
 def test_help_says_what_every_option_does(module, monkeypatch, capsys):
     words = ["run"] if module is grid else []
     said = help_of(segmentation if module is grid else module, monkeypatch, capsys, *words)
@@ -304,3 +304,35 @@ def test_descents_are_written_drawn_and_printed(tmp_path, capsys):
     descent.main(["--out", str(tmp_path / "again"), *words])
     again = tmp_path / "again/results/descent.csv"
     assert again.read_bytes() == (tmp_path / "new/results/descent.csv").read_bytes()
+
+
+def test_the_cost_of_many_samples_is_written_drawn_and_explained(tmp_path, monkeypatch, capsys):
+    def found(n: int, d: int, processes: int) -> list[dict[str, dict[str, float]]]:
+        """Return what processes take of which each pair costs 2 + d / 4 ns, and the last a little more memory."""
+        seconds = 1e-9 * (2 + d / 4) * n**2 / processes
+        return [
+            {
+                name: {"cpu_s": share * seconds, "wall_s": 1.0, "peak_mib": 8.0 + rank, "received_mib": n / 2}
+                for name, share in (("forward", 0.25), ("forward+backward", 1.0))
+            }
+            for rank in range(processes)
+        ]
+
+    monkeypatch.setattr(many_samples, "run_processes", found)
+    many_samples.main(["--out", str(tmp_path), "--samples", "8192", "16384", "--processes", "1", "2"])
+    assert capsys.readouterr().out.count("n 16384 d 64 P 2 forward+backward: 2.42 s a process, 18 ns a pair, ") == 1
+    rows = measure.read_rows(tmp_path / "results/many_samples.csv")
+    assert len(rows) == 2 * 2 * (2 + 3)
+    assert many_samples.pair_model(many_samples.newest(rows)) == pytest.approx((2, 0.25), rel=1e-3)
+    table = many_samples_table(rows)
+    assert "| 16,384 | 2 | 0.604 s | 2.42 s | 18.0 ns | 9 MiB | 8192.0 MiB |" in table
+    assert "Forward + backward takes 2.0 + 0.250 d ns a pair." in table
+    assert (tmp_path / "assets/many_samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_of_the_ring_says_what_it_took():
+    (found,) = many_samples.run_processes(64, 4, 1)
+    assert list(found) == ["forward", "forward+backward"]
+    for numbers in found.values():
+        assert numbers["cpu_s"] > 0
+        assert numbers["received_mib"] == 0

@@ -74,8 +74,8 @@ Tap.take_step(self, batch=None)
 Teacher
 Teacher.observe(self, step)
 conditional_entropy(a, b, alpha=2.0)
-feature_entropy(*features, kernel='linear', impl='auto')
-feature_mutual_information(a, b, *, kernel='linear', impl='auto')
+feature_entropy(*features, kernel='linear', impl='auto', process_group=None)
+feature_mutual_information(a, b, *, kernel='linear', impl='auto', process_group=None)
 gram_matrix(features, kernel='linear')
 implementation(*tensors, impl='auto', limits=())
 infosam_terms(relation, teacher, student, *, lambda_r=1.0, lambda_d=0.5, alpha=2.0,

@@ -10,13 +10,14 @@ With P_ij = prod_k K^k_ij^2 for i != j, C_ij = P_ij / K^k_ij (as a product), s_i
     polynomial:  A_ij = C_ij degree (x_i . x_j + offset)^(degree - 1) r_i r_j       b_i = degree / (|x_i|^2 + offset)
     RBF:         A_ij = P_ij / bandwidth^2                                          b_i = 1 / bandwidth^2
 
-Blocks of rows meet all rows up to their own, as the rest is the same by symmetry, so that no n x n matrix is made; the
-gradient computes the blocks again. Products are summed in fp32 (fp64 for fp64 and for RBF, whose distances are small
-differences of large numbers), the blocks of the value in fp64. First derivatives only.
+Square tiles on and below the diagonal are computed, as the rest is the same by symmetry, so that no n x n matrix is
+made; the gradient computes the tiles again. Products are summed in fp32 (fp64 for fp64 and for RBF, whose distances are
+small differences of large numbers), the tiles of the value in fp64. First derivatives only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from renyi_kd.fp64 import fp64_device, has_fp64, in_fp64, out_of_fp64
 from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial, pair_distances
 from renyi_kd.ops.autograd import refuse_second_derivative
 
-# 1 MiB in fp32 per matrix of kernel values: a few of them stay in the cache of a CPU. Elsewhere 64 MiB, since a block
+# 1 MiB in fp32 per tile of kernel values: a few of them stay in the cache of a CPU. Elsewhere 64 MiB, since a tile
 # takes dozens of launches.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_ELSEWHERE = 2**18, 2**24
 
@@ -45,7 +46,7 @@ def gram_moment(features: Sequence[Tensor], kernels: Sequence[KnownKernel]) -> T
     Raises:
         NotImplementedError: a second derivative is asked for.
 
-    Cost: O(n^2 sum_k d_k) products, four times that with the gradient; extra memory for a few blocks and 2 n numbers
+    Cost: O(n^2 sum_k d_k) products, four times that with the gradient; extra memory for a few tiles and 2 n numbers
     per variable, and the gradient in fp32.
 
     """
@@ -61,45 +62,19 @@ class _GramMoment(torch.autograd.Function):
     def forward(ctx: Any, kernels: tuple[KnownKernel, ...], *features: Tensor) -> Tensor:
         ctx.kernels = kernels
         ctx.save_for_backward(*features)
-        n_samples = len(features[0])
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, kernels, strict=True)]
-            moment = torch.full((), n_samples, dtype=torch.float64, device=fp64_device(features[0].device))
-            for block in _blocks(features[0]):
-                # The rest is the same by symmetry.
-                squares = _off_diagonal_squares(_values(variables, block, block.stop), block)
-                moment += _sum(squares[:, : block.start]) + _sum(squares)
-        return moment
+            return moment_of_pairs(variables, variables) + len(features[0])
 
     @staticmethod
     def backward(ctx: Any, grad_moment: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gram_moment", "use renyi_entropy(gram_matrix(features)) instead")
         features = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
         with torch.autocast(features[0].device.type, enabled=False):
             variables = [prepare(x, kernel) for x, kernel in zip(features, ctx.kernels, strict=True)]
-            grads = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
-            row_sums = torch.zeros(len(features[0]), dtype=torch.float64, device=grad_moment.device)
-            for block in _blocks(features[0]):
-                before = slice(block.start)
-                values = _values(variables, block, block.stop)
-                squares = _off_diagonal_squares(values, block)
-                row_sums[block] += squares.sum(1).to(row_sums.device)
-                row_sums[before] += squares[:, before].sum(0).to(row_sums.device)
-                for k, (variable, grad) in enumerate(zip(variables, grads, strict=True)):
-                    if grad is not None:
-                        others = [value for index, value in enumerate(values) if index != k]
-                        weights = _without_diagonal(variable.slope(values[k], block, block.stop), block)
-                        for other in others:
-                            weights *= other.square()
-                        grad[block].addmm_(weights, variable.rows[: block.stop])
-                        grad[before].addmm_(weights[:, before].mT, variable.rows[block])
-            for variable, grad in zip(variables, grads, strict=True):
-                if grad is not None:
-                    own = row_sums[:, None] * variable.self_slope().to(row_sums.device)
-                    grad.addcmul_(out_of_fp64(own, grad.device, grad.dtype), variable.rows, value=-1)
-                    grad.mul_(out_of_fp64(4 * grad_moment, grad.device, grad.dtype))
-        return None, *(None if grad is None else grad.to(x.dtype) for x, grad in zip(features, grads, strict=True))
+            gradients = no_gradients(variables, ctx.needs_input_grad[1:])
+            add_gradients_of_pairs(variables, gradients, variables, gradients)
+            return None, *features_gradients(take_own_parts(variables, gradients), grad_moment, features)
 
 
 class Variable(NamedTuple):
@@ -120,24 +95,29 @@ class Variable(NamedTuple):
     inverse: Tensor
     is_fp64: bool
 
-    def values(self, block: slice, stop: int) -> Tensor:
-        """Return the kernel between a block of rows and the first ``stop`` rows."""
+    def part(self, samples: slice) -> Variable:
+        """Return some of the samples."""
+        rows, norms, inverse = self.rows[samples], self.norms[samples], self.inverse[samples]
+        return self._replace(rows=rows, norms=norms, inverse=inverse)
+
+    def values(self, others: Variable) -> Tensor:
+        """Return the kernel between all rows and those of the same variable of other samples."""
         if isinstance(self.kernel, RBF):
-            return self._distances(block, stop).mul_(-_slope(self.kernel) / 2).exp_()
-        values = self.rows[block] @ self.rows[:stop].mT
+            return self._distances(others).mul_(-_slope(self.kernel) / 2).exp_()
+        values = self.rows @ others.rows.mT
         if isinstance(self.kernel, Polynomial):
             values = (values + self.kernel.offset) ** self.kernel.degree
-        return values * self.inverse[block, None] * self.inverse[:stop]
+        return values * self.inverse[:, None] * others.inverse
 
-    def slope(self, values: Tensor, block: slice, stop: int) -> Tensor:
+    def slope(self, values: Tensor, others: Variable) -> Tensor:
         """Return K dK/d(x_i . x_j), up to the parts that :meth:`self_slope` has."""
         if isinstance(self.kernel, RBF):
             return values.square() * _slope(self.kernel)
-        values = values * (self.inverse[block, None] * self.inverse[:stop])
+        values = values * (self.inverse[:, None] * others.inverse)
         if isinstance(self.kernel, Linear):
             return values
         offset, degree = self.kernel.offset, self.kernel.degree
-        return degree * values * (self.rows[block] @ self.rows[:stop].mT + offset) ** (degree - 1)
+        return degree * values * (self.rows @ others.rows.mT + offset) ** (degree - 1)
 
     def self_slope(self) -> Tensor:
         """Return what its row sum of squares takes from a row itself, ``[n, 1]``."""
@@ -146,22 +126,151 @@ class Variable(NamedTuple):
         degree = self.kernel.degree if isinstance(self.kernel, Polynomial) else 1
         return degree * (self.inverse[:, None] ** (2 / degree))
 
-    def _distances(self, block: slice, stop: int) -> Tensor:
+    def _distances(self, others: Variable) -> Tensor:
         if self.is_fp64:
-            return pair_distances(self.rows[block], self.rows[:stop])
-        products = self.rows[block] @ self.rows[:stop].mT
-        return products.mul_(-2).add_(self.norms[block, None]).add_(self.norms[:stop]).clamp_min_(0)
+            return pair_distances(self.rows, others.rows)
+        products = self.rows @ others.rows.mT
+        return products.mul_(-2).add_(self.norms[:, None]).add_(others.norms).clamp_min_(0)
 
 
-def prepare(x: Tensor, kernel: KnownKernel) -> Variable:
-    """Return a variable; its rows are a copy only where they must be centred or widened."""
+def prepare(x: Tensor, kernel: KnownKernel, centre: Tensor | None = None) -> Variable:
+    """Return a variable; its rows are a copy only where they must be centred or widened.
+
+    Args:
+        x: ``[n, d]``.
+        kernel: of the variable.
+        centre: of RBF, ``[d]`` in fp64: the mean of all samples, where ``x`` are some of them.
+
+    """
     rows = x.to(torch.float64 if isinstance(kernel, RBF) else torch.promote_types(x.dtype, torch.float32))
     if isinstance(kernel, RBF):
-        rows = rows - rows.mean(0)
+        rows = rows - (rows.mean(0) if centre is None else centre)
     norms = torch.linalg.vector_norm(rows, dim=1).square()
     diagonal = (norms + kernel.offset) ** kernel.degree if isinstance(kernel, Polynomial) else norms
     inverse = torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
     return Variable(kernel, rows, norms, inverse, x.dtype == torch.float64)
+
+
+class Gradients(NamedTuple):
+    """What the samples of some variables get.
+
+    Attributes:
+        of_rows: per variable ``[n, d_k]`` in the dtype of its rows; None where no gradient is needed.
+        row_sums: s, ``[n]`` in fp64, which :func:`take_own_parts` takes from the former.
+
+    """
+
+    of_rows: list[Tensor | None]
+    row_sums: Tensor
+
+    def part(self, samples: slice) -> Gradients:
+        """Return a view of those of some samples."""
+        return Gradients([None if grad is None else grad[samples] for grad in self.of_rows], self.row_sums[samples])
+
+
+def no_gradients(variables: Sequence[Variable], needed: Sequence[bool]) -> Gradients:
+    """Return zeros to add to."""
+    rows = variables[0].rows
+    of_rows = [torch.zeros_like(v.rows) if need else None for v, need in zip(variables, needed, strict=True)]
+    return Gradients(of_rows, torch.zeros(len(rows), dtype=torch.float64, device=fp64_device(rows.device)))
+
+
+def moment_of_pairs(variables: Sequence[Variable], others: Sequence[Variable]) -> Tensor:
+    """Return the sum of ``P_ij + P_ji`` over all pairs of two different samples, ``[]`` in fp64.
+
+    Args:
+        variables: one sample of each pair.
+        others: the same variables of other samples, for the other; or ``variables`` itself, where each pair counts
+            once.
+
+    """
+    device = variables[0].rows.device
+    moment = torch.zeros((), dtype=torch.float64, device=fp64_device(device))
+    for tile in _tiles(variables, others):
+        squares = _off_diagonal_product([value.square_() for value in _values(variables, others, tile)], tile)
+        moment.add_(_sum(squares), alpha=1 if tile.on_diagonal else 2)
+    return moment
+
+
+def add_gradients_of_pairs(
+    variables: Sequence[Variable], gradients: Gradients, others: Sequence[Variable], other_gradients: Gradients
+) -> None:
+    """Add a fourth of the gradient of :func:`moment_of_pairs` to that of each sample, without its own part."""
+    for tile in _tiles(variables, others):
+        values = _values(variables, others, tile)
+        own, mirrored = gradients.part(tile.rows), other_gradients.part(tile.cols)
+        of_variables = [value.square() for value in values]
+        squares = _off_diagonal_product(of_variables, tile)
+        own.row_sums.add_(squares.sum(1).to(own.row_sums.device))
+        if not tile.on_diagonal:
+            mirrored.row_sums.add_(squares.sum(0).to(own.row_sums.device))
+        for k, (grad, mirrored_grad) in enumerate(zip(own.of_rows, mirrored.of_rows, strict=True)):
+            if grad is None or mirrored_grad is None:
+                continue
+            rows, cols = variables[k].part(tile.rows), others[k].part(tile.cols)
+            weights = _without_diagonal(rows.slope(values[k], cols), tile)
+            for square in (*of_variables[:k], *of_variables[k + 1 :]):
+                weights *= square
+            grad.addmm_(weights, cols.rows)
+            if not tile.on_diagonal:
+                mirrored_grad.addmm_(weights.mT, rows.rows)
+
+
+def take_own_parts(variables: Sequence[Variable], gradients: Gradients) -> list[Tensor | None]:
+    """Return the gradients of the rows less what their sums take from the rows themselves, in place."""
+    for variable, grad in zip(variables, gradients.of_rows, strict=True):
+        if grad is not None:
+            own = gradients.row_sums[:, None] * variable.self_slope().to(gradients.row_sums.device)
+            grad.addcmul_(out_of_fp64(own, grad.device, grad.dtype), variable.rows, value=-1)
+    return gradients.of_rows
+
+
+def features_gradients(
+    of_rows: Sequence[Tensor | None], grad_moment: Tensor, features: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of the features, for the fourths and the upstream gradient; in place."""
+    return [
+        None if grad is None else grad.mul_(out_of_fp64(4 * grad_moment, grad.device, grad.dtype)).to(x.dtype)
+        for x, grad in zip(features, of_rows, strict=True)
+    ]
+
+
+class _Tile(NamedTuple):
+    """Some rows and some columns; on the diagonal they are the same samples."""
+
+    rows: slice
+    cols: slice
+    on_diagonal: bool
+
+
+def _tiles(variables: Sequence[Variable], others: Sequence[Variable]) -> Iterator[_Tile]:
+    """Yield tiles of all pairs; of a sample's own pairs those on and below the diagonal."""
+    rows = variables[0].rows
+    is_own = others is variables
+    side = math.isqrt(BLOCK_ELEMENTS if rows.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE)
+    for top in range(0, len(rows), side):
+        bottom = min(top + side, len(rows))
+        n_cols = bottom if is_own else len(others[0].rows)
+        for left in range(0, n_cols, side):
+            yield _Tile(slice(top, bottom), slice(left, min(left + side, n_cols)), is_own and left == top)
+
+
+def _values(variables: Sequence[Variable], others: Sequence[Variable], tile: _Tile) -> list[Tensor]:
+    return [v.part(tile.rows).values(o.part(tile.cols)) for v, o in zip(variables, others, strict=True)]
+
+
+def _off_diagonal_product(factors: list[Tensor], tile: _Tile) -> Tensor:
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product * factor
+    return _without_diagonal(product, tile)
+
+
+def _without_diagonal(matrix: Tensor, tile: _Tile) -> Tensor:
+    """Set the entries of every sample with itself to 0, in place."""
+    if tile.on_diagonal:
+        matrix.diagonal().zero_()
+    return matrix
 
 
 def _sum(squares: Tensor) -> Tensor:
@@ -171,26 +280,3 @@ def _sum(squares: Tensor) -> Tensor:
 
 def _slope(kernel: RBF) -> float:
     return float(kernel.bandwidth) ** -2
-
-
-def _blocks(x: Tensor) -> Iterator[slice]:
-    n_samples, elements = len(x), BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
-    step = max(1, elements // n_samples)
-    return (slice(start, min(start + step, n_samples)) for start in range(0, n_samples, step))
-
-
-def _values(variables: list[Variable], block: slice, stop: int) -> list[Tensor]:
-    return [variable.values(block, stop) for variable in variables]
-
-
-def _off_diagonal_squares(values: list[Tensor], block: slice) -> Tensor:
-    squares = values[0].square()
-    for value in values[1:]:
-        squares = squares * value.square()
-    return _without_diagonal(squares, block)
-
-
-def _without_diagonal(matrix: Tensor, block: slice) -> Tensor:
-    """Set the entries of every sample with itself to 0, in place."""
-    matrix.diagonal(block.start).zero_()
-    return matrix
