@@ -66,7 +66,9 @@ def feature_terms(
         # Autocast refuses to concatenate the half precision that is not its own.
         with torch.autocast(teacher_map.device.type, enabled=False):
             samples = join(samples)
-    image_gram = batch_gram(samples.image_features, impl=impl)
+    image_gram = samples.image_gram
+    if image_gram is None:
+        image_gram = batch_gram(samples.image_features, impl=impl)
     if samples.images is not None:
         image_gram = gram_of_samples(image_gram, samples.images)
     terms = gram_terms(
