@@ -100,7 +100,7 @@ def test_shards_are_one_batch(found, number):
 @in_processes
 @pytest.mark.slow
 def test_many_more_shards_are_one_batch(tmp_path):
-    cases = drawn_cases(5)
+    cases = drawn_cases(3)
     found = shards.found_by_processes(tmp_path, cases)
     for number, case in enumerate(cases):
         assert_step_of_one_process(case, [of_rank["step"] for of_rank in steps_of(found, cases, number)])
