@@ -36,8 +36,8 @@ from renyi_kd.samples.samples import Join, Samples
 
 PROGRAM = "benchmarks.processes"
 Exchange = Literal["whole maps", "channels"]
-# Of the picture and of what the table tells beyond the processes that ran.
-MOST_PROCESSES = 64
+# Numbers of processes of the picture, and those of the table beyond the ones that run.
+MOST_PROCESSES, BEYOND = 64, (8, 16, 32, 64)
 SCORE_BYTES, GRAM_BYTES = 4, 8
 COLOURS = {"whole maps": "#9A3B8F", "channels": "#0072B2"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pandas
 
@@ -15,6 +16,7 @@ from benchmarks.files import whole_file
 from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
+from benchmarks.processes import BEYOND, Batch, Exchange, total, traffic
 from benchmarks.segmentation.rows import Row, read
 from benchmarks.segmentation.shares import shares_table as shares
 from benchmarks.segmentation.table import tables
@@ -123,6 +125,35 @@ def instructions_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table)}\n\nCounted with Triton {' and '.join(rows['triton'].unique())} for sm_90."
 
 
+def processes_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what a process receives in a step as Markdown: counted, and of more processes by formula."""
+    newest = rows.groupby(["processes", "exchange"], sort=False).last()
+    sizes = newest.iloc[-1]
+    lines = []
+    for n in (*newest.index.unique("processes").map(int), *BEYOND):
+        batch = Batch(*2 * [n * (int(sizes["b"]),)], int(sizes["d"]), int(sizes["h"]) * int(sizes["w"]))
+        parts = {exchange: traffic(batch, 0, exchange) for exchange in get_args(Exchange)}
+        times = [
+            f"{float(newest['time_ratio'][str(n), exchange]):.1f}" if (str(n), exchange) in newest.index else ""
+            for exchange in parts
+        ]
+        received = {
+            "whole maps": total(parts["whole maps"]),
+            "channels": total(parts["channels"]),
+            "of these maps": parts["channels"]["maps"],
+            "scores and tokens": total({name: parts["channels"][name] for name in ("scores", "tokens")}),
+            "Gram matrix": parts["channels"]["Gram matrix"],
+        }
+        lines.append(
+            {"processes": str(n)}
+            | {name: f"{each.received / 2**20:.2f}" for name, each in received.items()}
+            | dict(zip(("time, whole maps", "time, channels"), times, strict=True))
+        )
+    table = pandas.DataFrame(lines).set_index("processes")
+    size = f"{sizes['b']} images a process, maps of {sizes['d']} x {sizes['h']} x {sizes['w']} in fp32."
+    return f"{markdown(table)}\n\n{size} Measured on {where(newest)} each."
+
+
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
     """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
     whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
@@ -165,6 +196,7 @@ DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
         "teachers_cpu": teachers_table,
         "host_time": host_table,
         "instructions": instructions_table,
+        "processes": processes_table,
     },
     "docs/does_it_help.md": {"segmentation": segmentation_tables},
 }
