@@ -128,30 +128,29 @@ def instructions_table(rows: pandas.DataFrame) -> str:
 def processes_table(rows: pandas.DataFrame) -> str:
     """Return the table of what a process receives in a step as Markdown: counted, and of more processes by formula."""
     newest = rows.groupby(["processes", "exchange"], sort=False).last()
-    sizes = newest.iloc[-1]
+    sizes, ran = newest.iloc[-1], newest.index.unique("processes")
     lines = []
-    for n in (*newest.index.unique("processes").map(int), *BEYOND):
-        batch = Batch(*2 * [n * (int(sizes["b"]),)], int(sizes["d"]), int(sizes["h"]) * int(sizes["w"]))
+    for n in (*ran, *(str(more) for more in BEYOND if str(more) not in ran)):
+        images = (int(sizes["b"]),) * int(n)
+        batch = Batch(images, images, int(sizes["d"]), int(sizes["h"]) * int(sizes["w"]))
         parts = {exchange: traffic(batch, 0, exchange) for exchange in get_args(Exchange)}
-        times = [
-            f"{float(newest['time_ratio'][str(n), exchange]):.1f}" if (str(n), exchange) in newest.index else ""
-            for exchange in parts
-        ]
-        received = {
-            "whole maps": total(parts["whole maps"]),
-            "channels": total(parts["channels"]),
-            "of these maps": parts["channels"]["maps"],
-            "scores and tokens": total({name: parts["channels"][name] for name in ("scores", "tokens")}),
-            "Gram matrix": parts["channels"]["Gram matrix"],
-        }
-        lines.append(
-            {"processes": str(n)}
-            | {name: f"{each.received / 2**20:.2f}" for name, each in received.items()}
-            | dict(zip(("time, whole maps", "time, channels"), times, strict=True))
-        )
-    table = pandas.DataFrame(lines).set_index("processes")
+        line = {"processes": n}
+        for exchange, of_exchange in parts.items():
+            counted = newest["received_bytes"].get((n, exchange))
+            line[exchange] = mib(total(of_exchange).received if counted is None else int(counted))
+        maps, gram, scores, tokens = parts["channels"].values()
+        line |= {"of these maps": mib(maps.received), "scores and tokens": mib(scores.received + tokens.received)}
+        line["Gram matrix"] = mib(gram.received)
+        for exchange in parts:
+            ratio = newest["time_ratio"].get((n, exchange))
+            line[f"time, {exchange}"] = "" if ratio is None else f"{float(ratio):.1f}"
+        lines.append(line)
     size = f"{sizes['b']} images a process, maps of {sizes['d']} x {sizes['h']} x {sizes['w']} in fp32."
-    return f"{markdown(table)}\n\n{size} Measured on {where(newest)} each."
+    return f"{markdown(pandas.DataFrame(lines).set_index('processes'))}\n\n{size} Measured on {where(newest)} each."
+
+
+def mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.2f}"
 
 
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
