@@ -61,7 +61,7 @@ class Options:
     images: int = 4
     channels: int = 256
     side: int = 64
-    trials: int = 7
+    trials: int = 30
 
 
 class Batch(NamedTuple):
