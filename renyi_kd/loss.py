@@ -60,7 +60,7 @@ class InfoSAMLoss(nn.Module):
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
             DDP or FSDP like the model. Every process calls it, as often as the others, in validation too. One may have
-            no samples in a step: features of b = s = 0.
+            no samples in a step: :class:`SAMFeatures` of b = s = 0, which taps refuse.
         process_group: the processes of ``global_batch`` and ``gradient_share``, where not all train: the
             ``torch.distributed.ProcessGroup`` that DDP or the mesh of FSDP has too. None for the default group. Copies
             have the same group; to be pickled, a loss must have none.

@@ -92,7 +92,9 @@ def assert_step_of_one_process(case: Case, of_ranks: Sequence[dict[str, torch.Te
 
 
 @in_processes
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: " ".join(map(str, CASES[number][:3])))
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=lambda number: "{1}-{2}-{0}".format(CASES[number].n_processes, *CASES[number][1:3])
+)
 def test_shards_are_one_batch(found, number):
     assert_step_of_one_process(CASES[number], [of_rank["step"] for of_rank in steps_of(found, CASES, number)])
 

@@ -11,7 +11,8 @@ from torch import Tensor
 class SAMFeatures(NamedTuple):
     """Image features and mask tokens of one step of a SAM.
 
-    A sample is a pair of an image and a prompt; the features of an image are not repeated for its prompts.
+    A sample is a pair of an image and a prompt; the features of an image are not repeated for its prompts. There may be
+    none, b = s = 0, in one of several processes under ``global_batch``.
 
     Attributes:
         image_features: ``[b, d, h, w]``, the encoder's output as the mask decoder receives it.
