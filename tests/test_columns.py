@@ -15,8 +15,8 @@ from renyi_kd import InfoSAMLoss, infosam_terms
 from renyi_kd.objective import Distillation
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.share_control import FIRST_WEIGHT
-from tests.support import in_training, relation_module, sam_features, shards
-from tests.support.shards import DIM, GROUPS, Case, together
+from tests.support import in_training, relation_module, sam_features, shared_batch
+from tests.support.shared_batch import DIM, GROUPS, Case, together
 from tests.support.tolerance import assert_close_on_scale
 
 in_processes = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks of one")
@@ -52,7 +52,7 @@ CASES = drawn_cases(1)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return shards.found_by_processes(tmp_path_factory.mktemp("shards"), CASES)
+    return shared_batch.found_by_processes(tmp_path_factory.mktemp("shards"), CASES)
 
 
 def of_group(found: Sequence[dict[int, Any]], n: int) -> list[Any]:
@@ -67,13 +67,13 @@ def steps_of(found: Sequence[dict[int, Any]], cases: Sequence[Case], number: int
     return [of_rank["steps"][place] for of_rank in of_group(found, n)]
 
 
-def whole_batch(case: Case) -> shards.Inputs:
-    return together([shards.inputs_of(case, rank) for rank in range(case.n_processes)])
+def whole_batch(case: Case) -> shared_batch.Inputs:
+    return together([shared_batch.inputs_of(case, rank) for rank in range(case.n_processes)])
 
 
 def assert_step_of_one_process(case: Case, of_ranks: Sequence[dict[str, torch.Tensor]]) -> None:
     """Assert that loss and gradients are those of one process with the whole batch, in fp64 to 1e-12."""
-    expected = shards.step_of(case, whole_batch(case))
+    expected = shared_batch.step_of(case, whole_batch(case))
     for of_rank in of_ranks:
         # Bit for bit, or processes would drift apart.
         assert torch.equal(of_rank["loss"], of_ranks[0]["loss"])
@@ -103,7 +103,7 @@ def test_shards_are_one_batch(found, number):
 @pytest.mark.slow
 def test_many_more_shards_are_one_batch(tmp_path):
     cases = drawn_cases(3)
-    found = shards.found_by_processes(tmp_path, cases)
+    found = shared_batch.found_by_processes(tmp_path, cases)
     for number, case in enumerate(cases):
         assert_step_of_one_process(case, [of_rank["step"] for of_rank in steps_of(found, cases, number)])
 
@@ -120,7 +120,7 @@ def test_counted_bytes_are_those_of_the_formula(found):
     for number, case in enumerate(CASES):
         for rank, of_rank in enumerate(steps_of(found, CASES, number)):
             if case.wrapper is None:
-                assert of_rank["counted"] == shards.formula(case, rank)
+                assert of_rank["counted"] == shared_batch.formula(case, rank)
                 counted += of_rank["counted"].received
     assert counted > 0
 
@@ -128,10 +128,10 @@ def test_counted_bytes_are_those_of_the_formula(found):
 @in_processes
 @pytest.mark.parametrize("n", GROUPS)
 @pytest.mark.parametrize("n_channels", [3, 7])
-@pytest.mark.parametrize("dtype", shards.DTYPES)
+@pytest.mark.parametrize("dtype", shared_batch.DTYPES)
 def test_processes_share_the_channels(found, n, n_channels, dtype):
-    n_images = shards.N_IMAGES[n]
-    whole = torch.cat([shards.maps_of(rank, n_images[rank], n_channels, dtype) for rank in range(n)])
+    n_images = shared_batch.N_IMAGES[n]
+    whole = torch.cat([shared_batch.maps_of(rank, n_images[rank], n_channels, dtype) for rank in range(n)])
     of_ranks = [of_rank["exchanged"][n_channels, dtype] for of_rank in of_group(found, n)]
     channels, grams = zip(*of_ranks, strict=True)
     assert all(part.dtype == dtype for part in channels)
@@ -158,14 +158,14 @@ def test_processes_that_have_too_few_samples_together_all_say_so(found, n):
 @in_processes
 @pytest.mark.parametrize("n", GROUPS)
 def test_banks_and_weights_beside_a_process_without_samples(found, n):
-    case = shards.few_shards(n)
+    case = shared_batch.few_shards(n)
     inputs = whole_batch(case)
-    features = in_training(shards.features_of(shards.student_of(case), inputs))
-    banked, weighed = shards.loss_of(case, bank_size=3), shards.loss_of(case._replace(form="jensen_renyi"))
+    features = in_training(shared_batch.features_of(shared_batch.student_of(case), inputs))
+    banked, weighed = shared_batch.loss_of(case, bank_size=3), shared_batch.loss_of(case._replace(form="jensen_renyi"))
     expected = {
         "banked": [banked(inputs.teacher, features).item() for _ in range(2)],
         "weighed": weighed(
-            inputs.teacher, features, sample_weight=torch.cat([shards.weight_of(case, rank) for rank in range(n)])
+            inputs.teacher, features, sample_weight=torch.cat([shared_batch.weight_of(case, rank) for rank in range(n)])
         ).item(),
     }
     for of_rank in of_group(found, n):
@@ -198,7 +198,7 @@ def test_a_loss_with_a_group(found, n):
 @in_processes
 def test_a_process_outside_of_the_group_is_told(found):
     for n, ranks in GROUPS.items():
-        for rank in set(range(shards.N_PROCESSES)) - set(ranks):
+        for rank in set(range(shared_batch.N_PROCESSES)) - set(ranks):
             assert "InfoSAMLoss: process_group must hold the process that calls, got a group of" in found[rank][n]
 
 

@@ -1,6 +1,6 @@
 """A batch that several processes share over gloo, in shards of any size; each saves what it found.
 
-    python -m tests.support.shards FOLDER
+    python -m tests.support.shared_batch FOLDER
 
 Four processes are started once, all as forks of one that has imported everything. Two of them, or three, are groups.
 """
