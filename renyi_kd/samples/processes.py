@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from renyi_kd.samples.agreement import exchange_headers
 from renyi_kd.samples.samples import Samples, images_of_parts
 
 
@@ -28,8 +29,7 @@ def gather_samples(function: str, own: Samples) -> Samples:
         own: of this process. Numbers of images and samples may differ between processes.
 
     Raises:
-        ValueError: in every process, if shapes, dtypes or gradient modes differ, or a process has called
-            :func:`announce_refusal` instead.
+        ValueError: in every process, if shapes, dtypes or gradient modes differ, or a process refuses its own.
 
     Cost: one exchange of sizes and image indices, then one each for maps, tokens and scores. The first is PyTorch's
     exchange of objects: two small messages, for which the host waits. Where NCCL is the only backend it waits until the
@@ -38,7 +38,7 @@ def gather_samples(function: str, own: Samples) -> Samples:
     twice where their numbers differ.
 
     """
-    headers = _gather_headers(function, _header(own), own.image_features.device)
+    headers = exchange_headers(function, own)
     n_images = [header.n_images for header in headers]
     n_samples = [header.n_samples for header in headers]
     # Both relations in one exchange.
@@ -55,71 +55,6 @@ def gather_samples(function: str, own: Samples) -> Samples:
         None if own.weight is None else _gather(own.weight, n_samples),
         own.in_pairs,
     )
-
-
-def announce_refusal(device: torch.device) -> None:
-    """Let the other processes' :func:`gather_samples` raise: this one has no samples for it, and raises itself."""
-    _exchange(None, device)
-
-
-class _Header(NamedTuple):
-    """What the processes tell one another of their samples.
-
-    Attributes:
-        n_images: of this process.
-        n_samples: likewise.
-        images: the image of each sample; None when sample i belongs to image i.
-        kind: what must be the same in all processes, in words.
-
-    """
-
-    n_images: int
-    n_samples: int
-    images: Sequence[int] | None
-    kind: str
-
-
-def _header(own: Samples) -> _Header:
-    maps, tokens = own.image_features, own.mask_tokens
-    dtypes = ", ".join(str(value.dtype) for value in (maps, tokens, own.teacher_scores))
-    gradient = "with" if torch.is_grad_enabled() else "without"
-    form = "together" if not own.in_pairs else "one by one" if own.weight is None else "one by one with weights"
-    return _Header(
-        len(maps),
-        len(tokens),
-        own.images,
-        kind=f"maps {list(maps.shape[1:])}, {tokens.shape[1]} tokens, {dtypes}, compared {form}, {gradient} gradient",
-    )
-
-
-def _gather_headers(function: str, own: _Header, device: torch.device) -> list[_Header]:
-    """Return the headers of all processes, which must be alike."""
-    headers = []
-    for rank, header in enumerate(_exchange(own, device)):
-        if header is None:
-            raise ValueError(
-                f"{function}: every process must have features that fit under global_batch, got none of process "
-                f"{rank}; see the error that it raised"
-            )
-        headers.append(header)
-    for rank, header in enumerate(headers):
-        if header.kind != headers[0].kind:
-            raise ValueError(
-                f"{function}: features must be of one kind in all processes under global_batch, got "
-                f"{headers[0].kind} in process 0 and {header.kind} in process {rank}; use one image size, one "
-                "token=, one autocast, one form of the distillation term, and gradients and sample_weight in all or "
-                "in none"
-            )
-    return headers
-
-
-def _exchange(own: _Header | None, device: torch.device) -> list[_Header | None]:
-    """Return what every process has sent; None is that of a process without samples."""
-    headers: list[_Header | None] = [None] * n_processes()
-    # NCCL takes the current device, which need not be that of the features.
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        distributed.all_gather_object(headers, own)
-    return headers
 
 
 def _gather(own: Tensor, counts: Sequence[int]) -> Tensor:

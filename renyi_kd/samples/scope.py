@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from renyi_kd.sam.features import SAMFeatures, images_of_pair
+from renyi_kd.samples.agreement import announce_refusal
 from renyi_kd.samples.bank import SampleBank
-from renyi_kd.samples.processes import announce_refusal, gather_samples, n_processes
+from renyi_kd.samples.processes import gather_samples, n_processes
 from renyi_kd.samples.samples import Join, Samples
 
 
