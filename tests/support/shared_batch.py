@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.samples.columns import channels_of_all, sum_of_parts
 from tests.support import gradients, in_training, randn, relation_module
 
+# After which forks end whose fellows have died.
+TIMEOUT = timedelta(seconds=60)
 ROOT = Path(__file__).parent.parent.parent
 N_PROCESSES = 4
 # Ranks of each group: in those of two and three a process has another number than in the whole.
@@ -311,11 +314,13 @@ def with_a_group(group: distributed.ProcessGroup) -> dict[str, Any]:
 
 def run(rank: int, folder: Path) -> None:
     """Do everything in one of the processes, and save what was found."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=N_PROCESSES)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=N_PROCESSES, timeout=TIMEOUT
+    )
     cases: list[Case] = torch.load(folder / "cases.pt", weights_only=False)
     found: dict[Any, Any] = {}
     for n, ranks in GROUPS.items():
-        group = distributed.group.WORLD if n == N_PROCESSES else distributed.new_group(ranks)
+        group = distributed.group.WORLD if n == N_PROCESSES else distributed.new_group(ranks, timeout=TIMEOUT)
         if rank not in ranks:
             found[n] = said(lambda group=group: InfoSAMLoss(DIM, global_batch=True, process_group=group))
             continue
