@@ -146,7 +146,8 @@ def processes_table(rows: pandas.DataFrame) -> str:
             line[f"time, {exchange}"] = "" if ratio is None else f"{float(ratio):.1f}"
         lines.append(line)
     size = f"{sizes['b']} images a process, maps of {sizes['d']} x {sizes['h']} x {sizes['w']} in fp32."
-    return f"{markdown(pandas.DataFrame(lines).set_index('processes'))}\n\n{size} Measured on {where(newest)}, for each process."
+    table = pandas.DataFrame(lines).set_index("processes")
+    return f"{markdown(table)}\n\n{size} Measured on {where(newest)}, for each process."
 
 
 def mib(n_bytes: int) -> str:
