@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pandas
 
@@ -16,6 +17,7 @@ from benchmarks.kernels import LAYOUTS, PROVIDERS, setting
 from benchmarks.many_samples import newest, pair_model
 from benchmarks.markdown import markdown
 from benchmarks.measure import read_rows
+from benchmarks.processes import BEYOND, Batch, Exchange, total, traffic
 from benchmarks.segmentation.rows import Row, read
 from benchmarks.segmentation.shares import shares_table as shares
 from benchmarks.segmentation.table import tables
@@ -144,6 +146,35 @@ def many_samples_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(table)}\n\n{said} Measured on {where(measured)}."
 
 
+def processes_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what a process receives in a step as Markdown: counted, and of more processes by formula."""
+    newest = rows.groupby(["processes", "exchange"], sort=False).last()
+    sizes, ran = newest.iloc[-1], newest.index.unique("processes")
+    lines = []
+    for n in (*ran, *(str(more) for more in BEYOND if str(more) not in ran)):
+        images = (int(sizes["b"]),) * int(n)
+        batch = Batch(images, images, int(sizes["d"]), int(sizes["h"]) * int(sizes["w"]))
+        parts = {exchange: traffic(batch, 0, exchange) for exchange in get_args(Exchange)}
+        line = {"processes": n}
+        for exchange, of_exchange in parts.items():
+            counted = newest["received_bytes"].get((n, exchange))
+            line[exchange] = mib(total(of_exchange).received if counted is None else int(counted))
+        maps, gram, scores, tokens = parts["channels"].values()
+        line |= {"of these maps": mib(maps.received), "scores and tokens": mib(scores.received + tokens.received)}
+        line["Gram matrix"] = mib(gram.received)
+        for exchange in parts:
+            ratio = newest["time_ratio"].get((n, exchange))
+            line[f"time, {exchange}"] = "" if ratio is None else f"{float(ratio):.1f}"
+        lines.append(line)
+    size = f"{sizes['b']} images a process, maps of {sizes['d']} x {sizes['h']} x {sizes['w']} in fp32."
+    table = pandas.DataFrame(lines).set_index("processes")
+    return f"{markdown(table)}\n\n{size} Measured on {where(newest)}, for each process."
+
+
+def mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.2f}"
+
+
 def newest_rows(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
     """Return the last forward + backward of every setting, in the order in which the settings were first measured."""
     whole = rows[rows["pass"] == "forward+backward"].astype({"ms_p50": float, "speed_up": float, "peak_mib": float})
@@ -187,6 +218,7 @@ DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
         "teachers_cpu": teachers_table,
         "host_time": host_table,
         "instructions": instructions_table,
+        "processes": processes_table,
     },
     "docs/does_it_help.md": {"segmentation": segmentation_tables},
 }

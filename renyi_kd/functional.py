@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from renyi_kd.diagnostics import Relations
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
+from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures, check_features
+from renyi_kd.samples.processes import check_group
 from renyi_kd.samples.scope import Scope
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def infosam_terms(
@@ -26,6 +34,7 @@ def infosam_terms(
     detach_teacher_relation: bool = False,
     sample_weight: Tensor | None = None,
     global_batch: bool = False,
+    process_group: ProcessGroup | None = None,
     check_finite: bool = False,
     impl: Impl = "auto",
 ) -> InfoSAMTerms:
@@ -89,10 +98,12 @@ def infosam_terms(
             teacher's IoU with the truth, a wrong teacher is not followed. The mean is over the number of samples, not
             over the sum of weights, so that weights matter in a batch of one. Zeros for all samples give L_d = 0,
             which ``check_finite`` refuses.
-        global_batch: whether the loss is that of the samples of all processes of the default group together. Each has
-            samples of its own, of which a single one will do, and calls the loss as often as the others, in validation
-            too. Right where gradients are averaged over these processes, those of the relation module too, as DDP and
-            FSDP do. Without several processes it changes nothing.
+        global_batch: whether the loss is that of the samples of all processes of the group together. Each has samples
+            of its own, of which a single one will do or, with features of b = s = 0, none; and calls the loss as often
+            as the others, in validation too. Right where gradients are averaged over these processes, those of the
+            relation module too, as DDP and FSDP do. Without several processes it changes nothing.
+        process_group: the processes of ``global_batch``, where not all train: the ``torch.distributed.ProcessGroup``
+            that DDP or the mesh of FSDP has too. None for the default group.
         check_finite: whether to look for NaN and inf first; waits for the device.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``; an explicit choice never falls back.
 
@@ -100,17 +111,19 @@ def infosam_terms(
         :class:`InfoSAMTerms` in fp32, or fp64 if any feature is. First derivatives only.
 
     Raises:
-        TypeError: a feature or ``sample_weight`` is not a floating-point tensor.
-        ValueError: shapes, devices or indices do not fit, also between processes. There are fewer than two samples
-            where the form compares them. Nothing of the student requires grad while gradients are on. An argument is
-            out of its range. Weights are negative, or given to another form than ``"jensen_renyi"``. Under
+        TypeError: a feature or ``sample_weight`` is not a floating-point tensor, or ``process_group`` is none.
+        ValueError: shapes, devices or indices do not fit, also between processes. There are fewer than two samples, in
+            all processes of ``global_batch``, where the form compares them, or none. ``process_group`` leaves out this
+            process, or comes without ``global_batch``. Nothing of the student requires grad while gradients are on. An
+            argument is out of its range. Weights are negative, or given to another form than ``"jensen_renyi"``. Under
             ``check_finite``: a feature is not finite, or all weights are zero. Weights on another device than the CPU
             are looked at under ``check_finite`` alone. Under ``global_batch``, features of teacher and student that do
             not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
 
     Cost: four reads of each map and one write of the student's; see ``ops``. Extra memory is O(s n h w) and a few
-    blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process receives the teacher's maps
-    and all scores, and the host waits for their numbers of samples.
+    blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process has a share of the channels
+    of all maps. So it receives about as many bytes of maps as it has itself, and the tokens and scores of all; the
+    host waits for their numbers of samples. Extra memory is then twice the teacher's own maps.
 
     Source: Zhang et al., InfoSAM, ICML 2025 (arXiv 2505.21920), whose loss is the default.
 
@@ -131,10 +144,16 @@ def infosam_terms(
     objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
     check_objective("infosam_terms", objective)
     check_impl("infosam_terms", impl)
-    check_features("infosam_terms", "teacher", teacher)
-    check_features("infosam_terms", "student", student)
+    check_group("infosam_terms", process_group)
+    if process_group is not None and not global_batch:
+        raise ValueError(
+            "infosam_terms: process_group must go with global_batch=True, got it without; leave it out for the loss of "
+            "this process's samples"
+        )
+    scope = Scope(global_batch, group=process_group)
+    check_features("infosam_terms", "teacher", teacher, may_be_empty=scope.spans_processes)
+    check_features("infosam_terms", "student", student, may_be_empty=scope.spans_processes)
     check_sample_weight("infosam_terms", sample_weight, objective, student, check_finite=check_finite)
-    scope = Scope(global_batch)
     return relation_terms(
         "infosam_terms",
         relation,
@@ -169,7 +188,8 @@ def relation_terms(
     images = scope.images(function, teacher, student, least=least, check_finite=check_finite)
     pair = Pair(*teacher[:2], *student[:2], images, sample_weight)
     value = relation.value(student.mask_tokens, function=function)
-    terms = feature_terms(pair, value, objective, join=scope.join(function), impl=impl)
+    join = scope.join(function, partial(batch_gram, impl=impl), least=least)
+    terms = feature_terms(pair, value, objective, join=join, impl=impl)
     return InfoSAMTerms(*terms[:3], Relations(terms.teacher_gram, terms.student_gram, objective.alpha))
 
 
@@ -214,7 +234,7 @@ def check_sample_weight(
         raise ValueError(
             f"{function}: sample_weight must be finite and not negative, got {values.tolist()}; 0 leaves a sample out"
         )
-    if check_finite and not bool((values > 0).any()):
+    if check_finite and len(values) and not bool((values > 0).any()):
         raise ValueError(
             f"{function}: sample_weight must be above 0 for some sample under check_finite, got {values.tolist()}; "
             "leave the loss out of a step whose teacher is wrong on every sample"

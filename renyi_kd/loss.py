@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.functional import check_sample_weight, relation_terms
@@ -21,10 +21,14 @@ from renyi_kd.sam.reads import Reads, with_reads
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.processes import check_group
 from renyi_kd.samples.scope import Scope
 from renyi_kd.share_control import ShareControl
 from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Token = Literal["first", "all"] | int
 # Relations closer to one another than this leave gradients that are lost in those of any task.
@@ -55,10 +59,15 @@ class InfoSAMLoss(nn.Module):
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
-            DDP or FSDP like the model. Every process calls it, as often as the others, in validation too.
+            DDP or FSDP like the model. Every process calls it, as often as the others, in validation too. One may have
+            no samples in a step: :class:`SAMFeatures` of b = s = 0, which taps refuse.
+        process_group: the processes of ``global_batch`` and ``gradient_share``, where not all train: the
+            ``torch.distributed.ProcessGroup`` that DDP or the mesh of FSDP has too. None for the default group. Copies
+            have the same group; to be pickled, a loss must have none.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
             of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
-            none. The teacher's maps of so many samples stay in memory; the state dict holds none.
+            none. The teacher's maps of so many samples stay in memory; the state dict holds none. Under
+            ``global_batch`` every process then receives the whole maps of all.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
         compare_inputs: whether images and prompts that reach teacher and student are compared. ``"first"``: in full in
             the first steps, and by number, shape and memory afterwards. ``"always"``: in full, which waits for the
@@ -69,7 +78,9 @@ class InfoSAMLoss(nn.Module):
             :class:`RelationModule`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError: ``process_group`` is none.
+        ValueError: an argument is out of its range; or ``process_group`` leaves out this process, or has neither
+            ``global_batch`` nor ``gradient_share`` to serve.
         RuntimeError: ``impl`` names an implementation that is not there.
 
     Source: Zhang et al., InfoSAM, ICML 2025.
@@ -88,6 +99,7 @@ class InfoSAMLoss(nn.Module):
         token: Token = "first",
         detach_teacher_relation: bool = False,
         global_batch: bool = False,
+        process_group: ProcessGroup | None = None,
         bank_size: int = 0,
         check_finite: bool = False,
         compare_inputs: CompareInputs = "first",
@@ -108,13 +120,19 @@ class InfoSAMLoss(nn.Module):
                 f"InfoSAMLoss: gradient_share must lie in (0, 10], got {gradient_share!r}; 0.1 is a tenth of the "
                 "task's gradient, and None keeps the weights as they are"
             )
+        check_group("InfoSAMLoss", process_group)
+        if process_group is not None and not global_batch and gradient_share is None:
+            raise ValueError(
+                "InfoSAMLoss: process_group must go with global_batch=True or gradient_share=, got it alone; leave it "
+                "out for the loss of each process's samples"
+            )
         check_impl("InfoSAMLoss", impl)
         resolve(impl)
         self.relation = RelationModule(dim, generator=generator)
         self.token: Token = token
         self.check_finite = check_finite
         self.impl: Impl = impl
-        self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None)
+        self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None, process_group)
         self.share_control = None if gradient_share is None else ShareControl(gradient_share)
         self._last: InfoSAMTerms | None = None
         self._last_weight: Tensor | None = None
@@ -182,13 +200,13 @@ class InfoSAMLoss(nn.Module):
         reads = Reads()
         # torch.compile traces no hooks, and would find aliases in the place of leaves.
         if not torch.compiler.is_compiling():
-            check_features("InfoSAMLoss", "student", student)
+            check_features("InfoSAMLoss", "student", student, may_be_empty=self._scope.spans_processes)
             student = with_reads(student)
             reads = student.reads
-        student = _with_token("student", student, self.token)
+        student = self._with_token("student", student)
         if not isinstance(teacher, SAMFeatures):
             teacher = teacher.observe(step._replace(comparison=self._comparison))
-        teacher = _with_token("teacher", teacher, self.token)
+        teacher = self._with_token("teacher", teacher)
         check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
         terms = relation_terms(
             "InfoSAMLoss",
@@ -261,7 +279,7 @@ class InfoSAMLoss(nn.Module):
         gradients = GradientMeasurement(reads) if measures and known else None
         loss, compression, distillation = terms
         if control is not None:
-            weight = control.weight.clone() if gradients is None else control.next_weight()
+            weight = control.weight.clone() if gradients is None else control.next_weight(self.process_group)
             loss = weight * loss
             if gradients is not None:
                 control.follow(gradients, weight)
@@ -317,6 +335,11 @@ class InfoSAMLoss(nn.Module):
         return self._scope.global_batch
 
     @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes that train together; None for those of the default group."""
+        return self._scope.group
+
+    @property
     def bank_size(self) -> int:
         """How many samples of earlier steps join those of a step."""
         return 0 if self._scope.bank is None else self._scope.bank.size
@@ -330,7 +353,23 @@ class InfoSAMLoss(nn.Module):
         settings = ", ".join(f"{name}={value!r}" for name, value in self.objective._asdict().items())
         if self.gradient_share is not None:
             settings += f", gradient_share={self.gradient_share!r}"
-        return f"{settings}, token={self.token!r}, global_batch={self.global_batch}, bank_size={self.bank_size}"
+        settings += f", token={self.token!r}, global_batch={self.global_batch}, bank_size={self.bank_size}"
+        if self.process_group is not None:
+            settings += f", process_group={distributed.get_process_group_ranks(self.process_group)}"
+        return settings
+
+    def _with_token(self, name: str, features: SAMFeatures) -> SAMFeatures:
+        """Return the features with the mask tokens that count."""
+        check_features("InfoSAMLoss", name, features, may_be_empty=self._scope.spans_processes)
+        if self.token == "all":
+            return features
+        index = 0 if self.token == "first" else self.token
+        if index >= features.mask_tokens.shape[1]:
+            raise ValueError(
+                f"InfoSAMLoss: token must be below the number of mask tokens, got {index} with "
+                f"{features.mask_tokens.shape[1]} tokens; 'first' and 'all' always exist"
+            )
+        return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
 
 
 def _terms_uncompiled(
@@ -356,19 +395,6 @@ _terms_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
-
-
-def _with_token(name: str, features: SAMFeatures, token: Token) -> SAMFeatures:
-    check_features("InfoSAMLoss", name, features)
-    if token == "all":
-        return features
-    index = 0 if token == "first" else token
-    if index >= features.mask_tokens.shape[1]:
-        raise ValueError(
-            f"InfoSAMLoss: token must be below the number of mask tokens, got {index} with "
-            f"{features.mask_tokens.shape[1]} tokens; 'first' and 'all' always exist"
-        )
-    return features._replace(mask_tokens=features.mask_tokens[:, index : index + 1])
 
 
 def _not_tapped(name: str, source: object) -> str:

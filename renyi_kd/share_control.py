@@ -62,8 +62,11 @@ class ShareControl(nn.Module):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    def next_weight(self) -> Tensor:
+    def next_weight(self, group: distributed.ProcessGroup | None = None) -> Tensor:
         """Return the weight of a step with gradient, ``[]``, which follows what was measured before.
+
+        Args:
+            group: of the processes that have one weight; None for the default one.
 
         Raises:
             RuntimeError: in the first steps the task has had no gradient where the loss has.
@@ -72,8 +75,8 @@ class ShareControl(nn.Module):
         measured = self.collect()
         squares = self._squares.to(self.mean)
         self._squares = torch.zeros_like(squares)
-        if n_processes() > 1:
-            distributed.all_reduce(squares)
+        if n_processes(group) > 1:
+            distributed.all_reduce(squares, group=group)
         if measured and self._n_checked < _CHECKED_STEPS:
             self._check_task(squares)
         own, task = squares.unbind(1)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import busy, cases, descent, gpu, kernels, many_samples, measure, teachers
-from benchmarks.readme import busy_table, many_samples_table
+from benchmarks import busy, cases, descent, gpu, kernels, many_samples, measure, processes, teachers
+from benchmarks.readme import busy_table, many_samples_table, processes_table
 from benchmarks.segmentation import __main__ as segmentation
 from benchmarks.segmentation import grid
 from tests.support.command_line import help_of
@@ -257,7 +257,7 @@ def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
     assert "--only must name steps of ['steps', 'loss_64'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent, many_samples])
+@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent, many_samples, processes])
 def test_help_says_what_every_option_does(module, monkeypatch, capsys):
     words = ["run"] if module is grid else []
     said = help_of(segmentation if module is grid else module, monkeypatch, capsys, *words)
@@ -336,3 +336,67 @@ def test_a_process_of_the_ring_says_what_it_took():
     for numbers in found.values():
         assert numbers["cpu_s"] > 0
         assert numbers["received_mib"] == 0
+
+
+def batch_of(n: int, images: int = 4) -> processes.Batch:
+    return processes.Batch((images,) * n, (images,) * n, 256, 4096)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 48, 64])
+def test_a_process_receives_its_own_share_of_maps(n):
+    batch = batch_of(n)
+    channel = batch.pixels * batch.element_bytes
+    own = batch.images[0] * batch.channels * channel
+    one_more = sum(batch.images) * channel if batch.channels % n else 0
+    received = [processes.traffic(batch, rank, "channels")["maps"].received for rank in range(n)]
+    assert max(received) <= own * (n - 1) / n + one_more
+    # All that is sent is received.
+    assert sum(received) == sum(processes.traffic(batch, rank, "channels")["maps"].sent for rank in range(n))
+    assert processes.traffic(batch, 0, "whole maps")["maps"].received == (n - 1) * own
+
+
+def run_without_processes(monkeypatch, *, wrong_by: int = 0) -> None:
+    """Let the formula stand in for processes, in which everything else was tested."""
+
+    def spawn(_: object, args: tuple[int, processes.Options, str], nprocs: int) -> None:
+        n, options, folder = args
+        assert n == nprocs
+        batch = processes.Batch((options.images,) * n, (options.images,) * n, options.channels, options.side**2)
+        for rank in range(n):
+            rows = []
+            for exchange in ("whole maps", "channels"):
+                sent, received = processes.total(processes.traffic(batch, rank, exchange))
+                of_numbers = {"sent_bytes": sent, "received_bytes": received + wrong_by}
+                headers = {"header_sent_bytes": 9, "header_received_bytes": 9}
+                of_messages = {"collectives": 5, "messages": 5 * (n - 1)}
+                rows.append({"exchange": exchange, **of_messages, **of_numbers, **headers, "time_ratio": 2.0})
+            torch.save(rows, f"{folder}/{rank}.pt")
+
+    monkeypatch.setattr(processes.multiprocessing, "spawn", spawn)
+
+
+def test_what_processes_exchange_is_written_drawn_and_printed(tmp_path, monkeypatch, capsys):
+    run_without_processes(monkeypatch)
+    processes.main(["--out", str(tmp_path), "--processes", "2", "3", "--channels", "7", "--side", "4"])
+    assert "3 processes, channels: 0.0 MiB received" in capsys.readouterr().out
+    written = measure.read_rows(tmp_path / "results/processes.csv")
+    assert list(written.columns) == list(measure.read_rows(RESULTS / "processes.csv").columns)
+    assert list(written["exchange"]) == ["whole maps", "channels"] * 2
+    assert (tmp_path / "assets/processes.png").read_bytes().startswith(b"\x89PNG")
+    table = processes_table(written)
+    assert "| processes | whole maps | channels | of these maps |" in table
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:8]] == [f"| {n}" for n in (2, 3, 8, 16, 32, 64)]
+
+
+def test_a_count_that_is_not_that_of_the_formula_is_not_written(tmp_path, monkeypatch, capsys):
+    run_without_processes(monkeypatch, wrong_by=1)
+    with pytest.raises(SystemExit):
+        processes.main(["--out", str(tmp_path)])
+    assert "error: benchmarks.processes: the count must be that of the formula, got" in capsys.readouterr().err
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.slow
+def test_processes_exchange_what_the_formula_says(tmp_path):
+    processes.main(["--out", str(tmp_path), "--processes", "2", "--channels", "7", "--side", "4", "--trials", "1"])
+    assert len(measure.read_rows(tmp_path / "results/processes.csv")) == 2

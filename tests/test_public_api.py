@@ -32,8 +32,8 @@ Call.kwargs
 Call.named(self)
 Implementation(name, reason)
 InfoSAMLoss(dim=256, *, lambda_r=1.0, lambda_d=0.5, alpha=2.0, distillation='mutual_information',
-    gradient_share=None, token='first', detach_teacher_relation=False, global_batch=False, bank_size=0,
-    check_finite=False, compare_inputs='first', impl='auto', generator=None)
+    gradient_share=None, token='first', detach_teacher_relation=False, global_batch=False, process_group=None,
+    bank_size=0, check_finite=False, compare_inputs='first', impl='auto', generator=None)
 InfoSAMLoss.alpha
 InfoSAMLoss.bank_size
 InfoSAMLoss.detach_teacher_relation
@@ -45,6 +45,7 @@ InfoSAMLoss.gradient_share
 InfoSAMLoss.lambda_d
 InfoSAMLoss.lambda_r
 InfoSAMLoss.objective = ...
+InfoSAMLoss.process_group
 InfoSAMLoss.scalars(self)
 InfoSAMLoss.terms(self, teacher, student, batch=None, *, sample_weight=None)
 InfoSAMTerms(loss, compression, distillation, relations=None)
@@ -80,7 +81,7 @@ gram_matrix(features, kernel='linear')
 implementation(*tensors, impl='auto', limits=())
 infosam_terms(relation, teacher, student, *, lambda_r=1.0, lambda_d=0.5, alpha=2.0,
     distillation='mutual_information', detach_teacher_relation=False, sample_weight=None, global_batch=False,
-    check_finite=False, impl='auto')
+    process_group=None, check_finite=False, impl='auto')
 joint_entropy(*grams, alpha=2.0)
 mutual_information(a, b, alpha=2.0)
 renyi_entropy(gram, alpha=2.0)

@@ -11,7 +11,8 @@ from torch import Tensor
 class SAMFeatures(NamedTuple):
     """Image features and mask tokens of one step of a SAM.
 
-    A sample is a pair of an image and a prompt; the features of an image are not repeated for its prompts.
+    A sample is a pair of an image and a prompt; the features of an image are not repeated for its prompts. There may be
+    none, b = s = 0, in one of several processes under ``global_batch``.
 
     Attributes:
         image_features: ``[b, d, h, w]``, the encoder's output as the mask decoder receives it.
@@ -26,8 +27,10 @@ class SAMFeatures(NamedTuple):
     image_index: Tensor | None = None
 
 
-def check_features(function: str, name: str, features: SAMFeatures) -> None:
+def check_features(function: str, name: str, features: SAMFeatures, *, may_be_empty: bool = False) -> None:
     """Raise unless ``features`` are well formed; ``function`` and ``name`` begin the message.
+
+    ``may_be_empty`` says whether there may be no samples, or no images either.
 
     Raises:
         TypeError: a member is not a tensor of the right kind.
@@ -48,12 +51,13 @@ def check_features(function: str, name: str, features: SAMFeatures) -> None:
                 "pass what the model computed, in any float dtype"
             )
     image_features, mask_tokens, image_index = features
-    if image_features.ndim != 4 or 0 in image_features.shape:
+    first = 1 if may_be_empty else 0
+    if image_features.ndim != 4 or 0 in image_features.shape[first:]:
         raise ValueError(
             f"{function}: {name}.image_features must have shape [b, d, h, w] without zeros, got "
             f"{tuple(image_features.shape)}; for tokens [b, l, d] pass tokens.mT.unsqueeze(-1)"
         )
-    if mask_tokens.ndim != 3 or 0 in mask_tokens.shape:
+    if mask_tokens.ndim != 3 or 0 in mask_tokens.shape[first:]:
         raise ValueError(
             f"{function}: {name}.mask_tokens must have shape [s, n, d] without zeros, got {tuple(mask_tokens.shape)}; "
             "flatten images and prompts into s, and keep n = 1 for a single token"
@@ -98,7 +102,7 @@ def image_of_samples(function: str, name: str, features: SAMFeatures) -> list[in
         return None
     index: list[int] = features.image_index.tolist()
     n_images = len(features.image_features)
-    if min(index) < 0 or max(index) >= n_images:
+    if index and (min(index) < 0 or max(index) >= n_images):
         raise ValueError(
             f"{function}: {name}.image_index must lie in [0, {n_images - 1}] with {n_images} images, got "
             f"{min(index)} to {max(index)}; count images from 0 in the order of image_features"

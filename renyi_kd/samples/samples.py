@@ -13,13 +13,16 @@ class Samples(NamedTuple):
     """What the Grams of a loss are made of.
 
     Attributes:
-        image_features: ``[b, d, h, w]``: the teacher's, without gradient.
+        image_features: ``[b, d, h, w]``: the teacher's, without gradient; some of their channels where ``image_gram``
+            is given.
         images: the image of each of the s samples; None when sample i belongs to image i.
         mask_tokens: ``[s, n, d]``: the teacher's, without gradient.
         teacher_scores: ``[s, n, h * w]``: its relation maps, in any scale.
         student_scores: likewise of the student.
         weight: ``[s]``: of each in a mean over samples, in the dtype of the scores; None for ones.
         in_pairs: whether L_d compares the two maps of each sample, and no sample with another.
+        image_gram: ``[b, b]`` in fp64: inner products of the teacher's image features over all channels, without
+            gradient; None where ``image_features`` has them all.
 
     """
 
@@ -30,6 +33,7 @@ class Samples(NamedTuple):
     student_scores: Tensor
     weight: Tensor | None = None
     in_pairs: bool = False
+    image_gram: Tensor | None = None
 
 
 # From the samples of a batch to all that its loss goes over.

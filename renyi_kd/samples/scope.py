@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, distributed
 
 from renyi_kd.sam.features import SAMFeatures, images_of_pair
+from renyi_kd.samples.agreement import announce_refusal
 from renyi_kd.samples.bank import SampleBank
-from renyi_kd.samples.processes import announce_refusal, gather_samples, n_processes
+from renyi_kd.samples.processes import gather_samples, n_processes
 from renyi_kd.samples.samples import Join, Samples
 
 
@@ -16,18 +20,20 @@ class Scope(NamedTuple):
     """Which samples a loss goes over.
 
     Attributes:
-        global_batch: whether those of all processes of the default group.
+        global_batch: whether those of all processes of the group.
         bank: adds samples of earlier steps and keeps those of this one; None for none.
+        group: of the processes that train together; None for the default one.
 
     """
 
     global_batch: bool = False
     bank: SampleBank | None = None
+    group: distributed.ProcessGroup | None = None
 
     @property
     def spans_processes(self) -> bool:
         """Whether there are other processes to exchange samples with."""
-        return self.global_batch and n_processes() > 1
+        return self.global_batch and n_processes(self.group) > 1
 
     def images(
         self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
@@ -36,27 +42,50 @@ class Scope(NamedTuple):
 
         ``least`` is how many samples the loss needs, wherever they come from.
         """
-        least = 1 if self.spans_processes or self.bank is not None else least
         if not self.spans_processes:
+            least = least if self.bank is None else 1
             return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
         try:
-            return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
+            # Those of all processes are counted when they are together.
+            return images_of_pair(function, teacher, student, least=0, check_finite=check_finite)
         except ValueError:
             # The others wait for this one's samples.
-            announce_refusal(teacher.image_features.device)
+            announce_refusal(teacher.image_features.device, group=self.group)
             raise
 
-    def join(self, function: str) -> Join | None:
-        """Return what adds the samples of other processes and then those of earlier steps; None for the batch alone."""
-        spans_processes, bank = self.spans_processes, self.bank
+    def join(self, function: str, gram: Callable[[Tensor], Tensor], *, least: int) -> Join | None:
+        """Return what adds the samples of other processes and then those of earlier steps; None for the batch alone.
+
+        Args:
+            function: whose messages there are.
+            gram: from maps to their inner products ``[b, b]`` in fp64.
+            least: how many samples the loss needs, wherever they come from.
+
+        """
+        spans_processes, bank, group = self.spans_processes, self.bank, self.group
         if not spans_processes and bank is None:
             return None
 
         def join(samples: Samples) -> Samples:
-            if spans_processes:
-                samples = gather_samples(function, samples)
+            if spans_processes and bank is None:
+                samples = gather_samples(function, samples, gram, least=least, group=group)
+            elif spans_processes:
+                # Kept maps are whole: one process may write them into a checkpoint that all of them read.
+                samples = gather_samples(function, samples, None, least=1, group=group)
             return samples if bank is None else bank.join(samples)
 
         # Dynamo cannot trace the exchange, and would compile anew every step in which the bank grows. Not in eager
         # mode, as the name alone would import the compiler.
         return torch.compiler.disable(join) if torch.compiler.is_compiling() else join  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+        # PyTorch copies no group. A copy of the loss trains with the same processes.
+        return self._replace(bank=copy.deepcopy(self.bank, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise TypeError(
+                "InfoSAMLoss: process_group must be None in what is pickled, got a group, which is known in this "
+                "program alone; save infosam_loss.state_dict() instead"
+            )
+        return Scope, tuple(self)

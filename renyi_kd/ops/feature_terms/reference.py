@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
@@ -38,24 +39,15 @@ def feature_terms(
     Source: Zhang et al., InfoSAM, ICML 2025.
 
     """
-    teacher_map, teacher_tokens, student_map, student_tokens, images, weight = pair.constant_teacher()
+    pair = pair.constant_teacher()
+    teacher_map, teacher_tokens, _, _, images, weight = pair
     dtype = torch.float32
     for value in pair[:4]:
         dtype = torch.promote_types(dtype, value.dtype)
-    both_tokens = teacher_tokens.to(dtype), student_tokens.to(dtype)
-    directions = partial(relation_directions, eps=relation.token_eps, impl=impl)
-    if objective.compares_pairs:
-        # The module could make two maps alike by forgetting the features: L_d takes it as a constant.
-        constant = RelationWeights(*(value.detach() for value in relation.weights))
-        lines = directions(both_tokens[0], relation.weights), directions(both_tokens[1], constant)
+    if len(teacher_tokens):
+        teacher_scores, student_scores = _scores_of_both(pair, relation, objective, dtype, impl)
     else:
-        # Teacher and student have as many samples; chunks have one gradient, slices one each.
-        w, c = (value.chunk(2) for value in directions(torch.cat(both_tokens), relation.weights))
-        lines = (w[0], c[0]), (w[1], c[1])
-    teacher_scores, student_scores = (
-        relation_scores(image_features, w, images, offsets=c, eps=relation.feature_eps, impl=impl)
-        for image_features, (w, c) in zip((teacher_map, student_map), lines, strict=True)
-    )
+        teacher_scores, student_scores = _no_scores(pair, relation, dtype)
     if weight is not None:
         # Processes can only exchange what they have in one dtype.
         weight = weight.to(teacher_scores.dtype)
@@ -66,7 +58,9 @@ def feature_terms(
         # Autocast refuses to concatenate the half precision that is not its own.
         with torch.autocast(teacher_map.device.type, enabled=False):
             samples = join(samples)
-    image_gram = batch_gram(samples.image_features, impl=impl)
+    image_gram = samples.image_gram
+    if image_gram is None:
+        image_gram = batch_gram(samples.image_features, impl=impl)
     if samples.images is not None:
         image_gram = gram_of_samples(image_gram, samples.images)
     terms = gram_terms(
@@ -81,3 +75,34 @@ def feature_terms(
     return terms._replace(
         loss=terms.loss.to(dtype), compression=terms.compression.to(dtype), distillation=terms.distillation.to(dtype)
     )
+
+
+def _scores_of_both(
+    pair: Pair, relation: Relation, objective: Objective, dtype: torch.dtype, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """Return the relation maps of teacher and student before normalisation, ``[s, n, h * w]``."""
+    both_tokens = pair.teacher_tokens.to(dtype), pair.student_tokens.to(dtype)
+    directions = partial(relation_directions, eps=relation.token_eps, impl=impl)
+    if objective.compares_pairs:
+        # The module could make two maps alike by forgetting the features: L_d takes it as a constant.
+        constant = RelationWeights(*(value.detach() for value in relation.weights))
+        lines = directions(both_tokens[0], relation.weights), directions(both_tokens[1], constant)
+    else:
+        # Teacher and student have as many samples; chunks have one gradient, slices one each.
+        w, c = (value.chunk(2) for value in directions(torch.cat(both_tokens), relation.weights))
+        lines = (w[0], c[0]), (w[1], c[1])
+    teacher_scores, student_scores = (
+        relation_scores(image_features, w, pair.images, offsets=c, eps=relation.feature_eps, impl=impl)
+        for image_features, (w, c) in zip((pair.teacher_map, pair.student_map), lines, strict=True)
+    )
+    return teacher_scores, student_scores
+
+
+def _no_scores(pair: Pair, relation: Relation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the scores of no samples, whose gradients are zeros: a wrapper waits for those of every parameter."""
+    for weight in relation.weights:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    shape = 0, pair.teacher_tokens.shape[1], pair.teacher_map.shape[2:].numel()
+    of_module = torch.stack([weight.to(dtype).sum() for weight in relation.weights]).sum()
+    of_student = of_module + pair.student_map.to(dtype).sum() + pair.student_tokens.to(dtype).sum()
+    return of_module.expand(shape), of_student.expand(shape)
