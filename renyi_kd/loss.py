@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,9 @@ from renyi_kd.sam.inputs import CompareInputs, Comparison
 from renyi_kd.sam.reads import Reads, with_reads
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
+from renyi_kd.samples.agreement import telling_of_errors
 from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.processes import n_processes
 from renyi_kd.samples.scope import Scope
 from renyi_kd.share_control import ShareControl
 from renyi_kd.teachers.model_pair import ModelPair
@@ -158,50 +161,52 @@ class InfoSAMLoss(nn.Module):
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
             RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; or ``gradient_share``
                 has no task to be a share of, or features that a function computed.
-            ValueError: as :func:`infosam_terms`; or teacher and student share what is trained, or saw other images or
-                prompts.
+            ValueError: as :func:`infosam_terms`, also for settings that differ between processes; or teacher and
+                student share what is trained, or saw other images or prompts.
 
         Warns:
             UserWarning: the relation module's gradients are never cleared, or the teacher has the student's adapters.
 
         """
-        if not isinstance(teacher, Teacher | SAMFeatures):
-            raise TypeError(_not_tapped("teacher", teacher))
-        if not isinstance(student, Tap | SAMFeatures):
-            raise TypeError(_not_tapped("student", student))
         if self.share_control is not None and torch.compiler.is_compiling():
             return _terms_uncompiled(self, teacher, student, batch, sample_weight)
-        step = Step(batch)
-        # The student first: what it has collected may be stale, and a teacher's forward takes long.
-        if isinstance(student, Tap):
-            frozen = getattr(teacher, "model", None)
-            if isinstance(frozen, nn.Module):
-                self._pair.check(frozen, student.model)
-            self._gradient_watch.look(self.relation, student.model)
-            student, step = student.take_step(batch)
-        reads = Reads()
-        # torch.compile traces no hooks, and would find aliases in the place of leaves.
-        if not torch.compiler.is_compiling():
-            check_features("InfoSAMLoss", "student", student)
-            student = with_reads(student)
-            reads = student.reads
-        student = _with_token("student", student, self.token)
-        if not isinstance(teacher, SAMFeatures):
-            teacher = teacher.observe(step._replace(comparison=self._comparison))
-        teacher = _with_token("teacher", teacher, self.token)
-        check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
-        terms = relation_terms(
-            "InfoSAMLoss",
-            self.relation,
-            teacher,
-            student,
-            self.objective,
-            self._scope,
-            sample_weight,
-            check_finite=self.check_finite,
-            impl=self.impl,
-        )
-        return self._weighed(terms, reads)
+        with self._telling_of_errors():
+            if not isinstance(teacher, Teacher | SAMFeatures):
+                raise TypeError(_not_tapped("teacher", teacher))
+            if not isinstance(student, Tap | SAMFeatures):
+                raise TypeError(_not_tapped("student", student))
+            step = Step(batch)
+            # The student first: what it has collected may be stale, and a teacher's forward takes long.
+            if isinstance(student, Tap):
+                frozen = getattr(teacher, "model", None)
+                if isinstance(frozen, nn.Module):
+                    self._pair.check(frozen, student.model)
+                self._gradient_watch.look(self.relation, student.model)
+                student, step = student.take_step(batch)
+            reads = Reads()
+            # torch.compile traces no hooks, and would find aliases in the place of leaves.
+            if not torch.compiler.is_compiling():
+                check_features("InfoSAMLoss", "student", student)
+                student = with_reads(student)
+                reads = student.reads
+            student = _with_token("student", student, self.token)
+            if not isinstance(teacher, SAMFeatures):
+                teacher = teacher.observe(step._replace(comparison=self._comparison))
+            teacher = _with_token("teacher", teacher, self.token)
+            check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
+            terms = relation_terms(
+                "InfoSAMLoss",
+                self.relation,
+                teacher,
+                student,
+                self.objective,
+                self._scope,
+                sample_weight,
+                self._settings(),
+                check_finite=self.check_finite,
+                impl=self.impl,
+            )
+            return self._weighed(terms, reads)
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return ``terms.diagnostics()`` of the last step: relations, and the loss's share of the gradient.
@@ -261,7 +266,7 @@ class InfoSAMLoss(nn.Module):
         gradients = GradientMeasurement(reads) if measures and known else None
         loss, compression, distillation = terms
         if control is not None:
-            weight = control.weight.clone() if gradients is None else control.next_weight()
+            weight = control.weight.clone() if gradients is None else control.next_weight(self._settings())
             loss = weight * loss
             if gradients is not None:
                 control.follow(gradients, weight)
@@ -270,6 +275,20 @@ class InfoSAMLoss(nn.Module):
         self._last = InfoSAMTerms(loss.detach(), compression.detach(), distillation.detach(), relations)
         self._last_weight = weight
         return terms
+
+    def _telling_of_errors(self) -> AbstractContextManager[None]:
+        """Return what lets other processes hear of an error within it, where they wait for this one."""
+        control, spans_processes = self.share_control, self._scope.spans_processes
+        follows = control is not None and torch.is_grad_enabled() and n_processes() > 1
+        if not (spans_processes or follows):
+            return nullcontext()
+        exchanges = spans_processes or (control is not None and not control.agreed)
+        return telling_of_errors(self.relation.key_proj.weight.device, exchanges=exchanges)
+
+    def _settings(self) -> dict[str, object]:
+        """Return what all processes must have alike."""
+        names = "gradient_share", "token", "global_batch", "bank_size"
+        return {**self.objective._asdict(), **{name: getattr(self, name) for name in names}}
 
     @property
     def objective(self) -> Objective:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from renyi_kd.samples.agreement import exchange_headers
 from renyi_kd.samples.samples import Samples, images_of_parts
@@ -17,7 +17,7 @@ def n_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def gather_samples(function: str, own: Samples) -> Samples:
+def gather_samples(function: str, own: Samples, settings: Mapping[str, object], relation: nn.Module) -> Samples:
     """Return the samples of all processes in the order of their ranks, bit for bit the same in each.
 
     Each process gets the gradient of its own scores, times the number of processes. So where all of them compute one
@@ -27,9 +27,12 @@ def gather_samples(function: str, own: Samples) -> Samples:
     Args:
         function: whose messages these are.
         own: of this process. Numbers of images and samples may differ between processes.
+        settings: what must be the same in all processes beside the kind of the samples, by name.
+        relation: the module whose weights must be the same, see :func:`exchange_headers`.
 
     Raises:
-        ValueError: in every process, if shapes, dtypes or gradient modes differ, or a process refuses its own.
+        ValueError: in every process, if shapes, dtypes, gradient modes, settings or weights differ, or a process has
+            raised before.
 
     Cost: one exchange of sizes and image indices, then one each for maps, tokens and scores. The first is PyTorch's
     exchange of objects: two small messages, for which the host waits. Where NCCL is the only backend it waits until the
@@ -38,7 +41,7 @@ def gather_samples(function: str, own: Samples) -> Samples:
     twice where their numbers differ.
 
     """
-    headers = exchange_headers(function, own)
+    headers = exchange_headers(function, own, settings, relation)
     n_images = [header.n_images for header in headers]
     n_samples = [header.n_samples for header in headers]
     # Both relations in one exchange.
