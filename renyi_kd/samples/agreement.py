@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -105,7 +106,7 @@ def meeting(function: str, *, group: distributed.ProcessGroup | None = None) -> 
     """Take part in an exchange; where it fails, raise with the processes that are missing.
 
     That is after the timeout of the group at the latest, where the backend raises then as gloo does, and at once where
-    it tells of a lost connection. After that comes a wait of two seconds, if more than one process seems to be missing.
+    it tells of a lost connection. It is two seconds more if there are processes that neither fail nor seem to be lost.
 
     Args:
         function: whose message it is.
@@ -122,6 +123,8 @@ def meeting(function: str, *, group: distributed.ProcessGroup | None = None) -> 
     number = _begun[of_all] = _begun.get(of_all, 0) + 1
     try:
         store.set(f"renyi_kd/begun/{rank}", str(number))
+        if number == 1:
+            store.set(f"renyi_kd/failed/{rank}", "0")
         yield
         _ended[of_all] = number
     except RuntimeError as error:
@@ -216,40 +219,48 @@ def _weights_to_compare(relation: nn.Module) -> str | None:
 
 def _missing(of_all: distributed.ProcessGroup, number: int) -> str:
     """Return which processes an exchange failed for, in words."""
-    others = [rank for rank in range(distributed.get_world_size(of_all)) if rank != distributed.get_rank(of_all)]
-    store = _store(of_all)
+    own = distributed.get_rank(of_all)
+    others = [rank for rank in range(distributed.get_world_size(of_all)) if rank != own]
+    store, until = _store(of_all), time.monotonic() + _PATIENCE
+    late, silent, errors = others, others, ""
     try:
-        store.set(f"renyi_kd/failed/{distributed.get_rank(of_all)}", str(number))
-        until = time.monotonic() + _PATIENCE
         while True:
-            late = [rank for rank in others if _number(store, f"begun/{rank}") < number]
-            silent = [rank for rank in others if _number(store, f"failed/{rank}") < number]
-            if len(late or silent) <= 1 or time.monotonic() > until:
+            late = [
+                rank for rank, begun in zip(others, _numbers(store, "begun", others), strict=True) if begun < number
+            ]
+            errors = "".join(map(partial(_error_of, store, of_all), late))
+            # Only now, as the process that keeps the store may end once all have told.
+            store.set(f"renyi_kd/failed/{own}", str(number))
+            failed = zip(others, _numbers(store, "failed", others), strict=True)
+            silent = [rank for rank, last in failed if last < number and rank not in late]
+            if (not silent and len(late) < 2) or time.monotonic() > until:
                 break
             time.sleep(0.02)
-        errors = [_said(store, rank) for rank in late]
     except RuntimeError:
-        return "no answer from the store of the process group, which most often lives in process 0"
+        if silent is others and (not late or late is others):
+            return "no answer from the store of the process group, which most often lives in process 0"
     if late:
-        said = "".join(
-            f"; {_processes([rank], of_all)} raised {error}" for rank, error in zip(late, errors, strict=True) if error
-        )
-        return f"nothing from {_processes(late, of_all)}, which died, hangs or does something else{said}"
+        return f"nothing from {_processes(late, of_all)}, which died, hangs or does something else{errors}"
     if silent:
-        return f"no end of it from {_processes(silent, of_all)}, which began it, and died or hangs"
+        return f"no end of it from {_processes(silent, of_all)}, which died or hangs in it"
     return "an error in each of them"
 
 
-def _number(store: distributed_c10d.Store, key: str) -> int:
-    return int(store.get(f"renyi_kd/{key}")) if store.check([f"renyi_kd/{key}"]) else 0
+def _numbers(store: distributed_c10d.Store, what: str, ranks: Sequence[int]) -> list[int]:
+    """Return the last exchange that each process has begun, or that failed for it."""
+    keys = [f"renyi_kd/{what}/{rank}" for rank in ranks]
+    if store.check(keys):
+        return list(map(int, store.multi_get(keys)))
+    return [int(store.get(key)) if store.check([key]) else 0 for key in keys]
 
 
-def _said(store: distributed_c10d.Store, rank: int) -> str | None:
-    """Return the error of a process that has begun no exchange since."""
-    if not store.check([f"renyi_kd/error/{rank}"]):
-        return None
-    begun, _, error = store.get(f"renyi_kd/error/{rank}").decode().partition(" ")
-    return error if int(begun) == _number(store, f"begun/{rank}") else None
+def _error_of(store: distributed_c10d.Store, of_all: distributed.ProcessGroup, rank: int) -> str:
+    """Return what a process raised, unless it has begun an exchange since."""
+    key = f"renyi_kd/error/{rank}"
+    if not store.check([key]):
+        return ""
+    begun, _, error = store.get(key).decode().partition(" ")
+    return f"; {_processes([rank], of_all)} raised {error}" if [int(begun)] == _numbers(store, "begun", [rank]) else ""
 
 
 def _processes(ranks: Sequence[int], of_all: distributed.ProcessGroup) -> str:
