@@ -205,10 +205,12 @@ def _all_gather(own: Header | str, device: torch.device, of_all: distributed.Pro
 
 def _weights_to_compare(relation: nn.Module) -> str | None:
     """Return a number of all bits of the weights, and None where they were compared and are still the same."""
-    weights = list(relation.parameters())
     n_compared, before = _compared.get(relation, (0, -1))
+    if n_compared == _COMPARED_WEIGHTS:
+        return None
+    weights = list(relation.parameters())
     now = sum(map(version, weights))
-    if n_compared == _COMPARED_WEIGHTS or now == before:
+    if now == before:
         return None
     _compared[relation] = n_compared + 1, now
     # Odd factors, so that no single bit changes unseen; whole numbers, whose sum is the same in any order.
