@@ -39,8 +39,10 @@ class InfoSAMLoss(nn.Module):
 
     It owns the relation module, whose parameters belong in the optimiser beside the student's:
     ``AdamW([*trainable, *infosam_loss.parameters()])``. Its state dict is that of the relation module under
-    ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`. Weights, order and form are its
-    ``objective``, which a schedule replaces; see :class:`Objective`.
+    ``relation.``, and of ``gradient_share`` and a bank where there is one. With it and the same arguments a run goes on
+    after a step as if it had never stopped; in several processes each saves its own. What it computes, and its limits,
+    are those of :func:`infosam_terms`. Weights, order and form are its ``objective``, which a schedule replaces; see
+    :class:`Objective`.
 
     Args:
         dim: channels of image features and mask tokens; 256 in every released SAM.
@@ -61,7 +63,7 @@ class InfoSAMLoss(nn.Module):
             DDP or FSDP like the model. Every process calls it, as often as the others, in validation too.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
             of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
-            none. The teacher's maps of so many samples stay in memory; the state dict holds none.
+            none. The teacher's maps of so many samples stay in memory, and are part of the state dict.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
         compare_inputs: whether images and prompts that reach teacher and student are compared. ``"first"``: in full in
             the first steps, and by number, shape and memory afterwards. ``"always"``: in full, which waits for the
@@ -117,7 +119,8 @@ class InfoSAMLoss(nn.Module):
         self.token: Token = token
         self.check_finite = check_finite
         self.impl: Impl = impl
-        self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None)
+        self.bank = SampleBank(bank_size) if bank_size else None
+        self._scope = Scope(global_batch, self.bank)
         self.share_control = None if gradient_share is None else ShareControl(gradient_share)
         self._last: InfoSAMTerms | None = None
         self._last_weight: Tensor | None = None

@@ -87,7 +87,11 @@ class ShareControl(nn.Module):
             with meeting("InfoSAMLoss"):
                 distributed.all_reduce(squares)
         if measured and self._n_checked < _CHECKED_STEPS:
-            self._check_task(squares)
+            # A run that goes on after some steps has found its task.
+            if self.n_steps > 0:
+                self._n_checked = _CHECKED_STEPS
+            else:
+                self._check_task(squares)
         own, task = squares.unbind(1)
         share = (own / task).sqrt()
         share = torch.where(share.isfinite(), share, torch.zeros_like(share)).amax()
