@@ -60,7 +60,8 @@ class InfoSAMLoss(nn.Module):
         token: which mask tokens count: ``"first"`` as in the paper, an index, or ``"all"``.
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
-            DDP or FSDP like the model. Every process calls it, as often as the others, in validation too.
+            DDP or FSDP like the model. Every process calls it, as often as the others, in validation too. Where one
+            fails, the others name it, see :func:`infosam_terms`.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
             of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
             none. The teacher's maps of so many samples stay in memory, and are part of the state dict.
@@ -162,8 +163,9 @@ class InfoSAMLoss(nn.Module):
 
         Raises:
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
-            RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; or ``gradient_share``
-                has no task to be a share of, or features that a function computed.
+            RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; ``gradient_share``
+                has no task to be a share of, or features that a function computed; or a process is missing, under
+                ``global_batch`` or ``gradient_share``.
             ValueError: as :func:`infosam_terms`, also for settings that differ between processes; or teacher and
                 student share what is trained, or saw other images or prompts.
 
