@@ -81,6 +81,7 @@ def test_every_process_is_told_how_they_differ(found, difference, says):
         ("refusal", "ValueError: InfoSAMLoss: student.mask_tokens must be finite"),
         ("refusal by type", "TypeError: InfoSAMLoss: teacher must be a tap or SAMFeatures, got str"),
         ("refusal of a function", "ValueError: infosam_terms: alpha must"),
+        ("refusal of a compiled loss", "TypeError: InfoSAMLoss: teacher must be a tap or SAMFeatures, got str"),
         ("refusal under a share", "TypeError: InfoSAMLoss: teacher must be a tap or SAMFeatures, got str"),
     ],
 )

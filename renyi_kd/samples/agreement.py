@@ -156,16 +156,23 @@ def telling_of_errors(
     try:
         yield
     except Exception as error:
-        begun, ended = _begun.get(of_all, 0), _ended.get(of_all, 0)
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        # They fail by themselves where they cannot be told.
-        with suppress(RuntimeError):
-            if exchanges and begun == before:
-                with meeting("telling of it", group=group):
-                    _all_gather(said, device, of_all)
-            elif begun == ended:
-                _store(of_all).set(f"renyi_kd/error/{distributed.get_rank(of_all)}", f"{begun} {said}")
+        # In a compiled loss this is traced, as no exchange can be. To import the compiler is no matter now.
+        tell = torch.compiler.disable(_tell)  # type: ignore[no-untyped-call]
+        tell(said, device, of_all, exchanges=exchanges and _begun.get(of_all, 0) == before)
         raise
+
+
+def _tell(said: str, device: torch.device, of_all: distributed.ProcessGroup, *, exchanges: bool) -> None:
+    """Tell the others of an error in an exchange, or leave it where they look; not of one that all of them have had."""
+    begun, ended = _begun.get(of_all, 0), _ended.get(of_all, 0)
+    # They fail by themselves where they cannot be told.
+    with suppress(RuntimeError):
+        if exchanges:
+            with meeting("telling of it", group=of_all):
+                _all_gather(said, device, of_all)
+        elif begun == ended:
+            _store(of_all).set(f"renyi_kd/error/{distributed.get_rank(of_all)}", f"{begun} {said}")
 
 
 def _exchange(function: str, own: Header, device: torch.device, group: distributed.ProcessGroup | None) -> list[Header]:

@@ -9,6 +9,7 @@ PyTorch takes longer than all of them.
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import math
 import os
@@ -61,8 +62,10 @@ def paths(folder: Path, fault: str) -> list[Path]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    # What the first loss of a program imports, once for all.
+    # What the first loss of a program imports, and the compiler, once for all.
     InfoSAMLoss(12)
+    importlib.import_module("torch._dynamo")
+
     started = {}
     for fault in (*LOSSES, "differences"):
         for rank, path in enumerate(paths(folder, fault)):
@@ -257,6 +260,7 @@ def differences(rank: int) -> dict[str, str]:
             if rank == LOST
             else step(InfoSAMLoss(12, gradient_share=0.1), rank)
         ),
+        "refusal of a compiled loss": lambda: refuse_compiled(rank),
         "in part": in_part_of_the_processes,
         # After all that the processes still work together.
         "nothing": lambda: step(InfoSAMLoss(12, gradient_share=0.1, **of_all), rank),
@@ -266,6 +270,13 @@ def differences(rank: int) -> dict[str, str]:
         distributed.barrier()
         found[name] = error_of(action)
     return found
+
+
+def refuse_compiled(rank: int) -> None:
+    infosam_loss = torch.compile(InfoSAMLoss(12, global_batch=True), backend="eager")
+    if rank == LOST:
+        infosam_loss("a model", None)
+    step(infosam_loss, rank)
 
 
 def train_apart(rank: int) -> None:

@@ -7,6 +7,7 @@ Runs are forked, for importing PyTorch takes longer than all of them.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import random
@@ -55,7 +56,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     # What the first loss and the first step of an optimiser import, once for all.
     InfoSAMLoss(4)
-    import torch._dynamo
+    importlib.import_module("torch._dynamo")
 
     for form in FORMS:
         wait(fork(train, folder / f"{form} whole.pt", form))
