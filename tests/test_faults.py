@@ -16,23 +16,22 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says", "most"),
+    ("fault", "says"),
     [
-        ("killed", r"got nothing from process 1, which died, hangs .*\(.*peer.*\)", faults.TIMEOUT),
-        ("hanging", r"got nothing from process 1, which died, hangs .*\(Timed out waiting", faults.TIMEOUT),
-        ("stopped", r"got nothing from process 1, which died, hangs .*\(Timed out waiting", faults.TIMEOUT),
-        ("killed in the exchange", r"got no end of it from process(es)? .*1.*, which died or hangs", faults.TIMEOUT),
-        ("killed with the store", r"got no answer from the store .* most often lives in process 0", faults.TIMEOUT),
-        ("killed under a share", r"got nothing from process 1, which died, hangs .*\(.*peer.*\)", faults.TIMEOUT),
-        ("hanging under a share", r"got nothing from process 1, which died, hangs", faults.TIMEOUT),
+        ("killed", r"got nothing from process 1, which died, hangs .*\(.*peer.*\)"),
+        ("hanging", r"got nothing from process 1, which died, hangs .*\(Timed out waiting"),
+        ("stopped", r"got nothing from process 1, which died, hangs .*\(Timed out waiting"),
+        ("killed in the exchange", r"got no end of it from process(es)? .*1.*, which died or hangs"),
+        ("killed with the store", r"got no answer from the store .* most often lives in process 0"),
+        ("killed under a share", r"got nothing from process 1, which died, hangs .*\(.*peer.*\)"),
+        ("hanging under a share", r"got nothing from process 1, which died, hangs"),
         (
             "refusing under a share",
             r"got nothing from process 1, .*; process 1 raised TypeError: InfoSAMLoss: teacher must be a tap",
-            faults.TIMEOUT,
         ),
     ],
 )
-def test_others_are_told_who_is_lost(found, fault, says, most):
+def test_others_are_told_who_is_lost(found, fault, says):
     for rank, of_rank in enumerate(found[fault]):
         if rank == faults.lost_of(fault):
             assert of_rank is None
@@ -40,13 +39,8 @@ def test_others_are_told_who_is_lost(found, fault, says, most):
         message, seconds = of_rank
         assert message.startswith("RuntimeError: InfoSAMLoss: every process must take part in an exchange")
         assert re.search(says, message), message
-        # What the error was made from, and the wait for those that are late.
-        assert seconds < most + agreement._PATIENCE + 3
-
-
-def test_a_killed_process_is_noticed_before_the_timeout(found):
-    assert min(of_rank[1] for of_rank in found["killed"] if of_rank) < faults.TIMEOUT
-    assert min(of_rank[1] for of_rank in found["killed under a share"] if of_rank) < faults.TIMEOUT
+        # The wait for those that are late, and what a busy machine takes. A lost connection needs no timeout.
+        assert seconds < faults.SHORT + agreement._PATIENCE + 15 < faults.LONG
 
 
 @pytest.mark.parametrize(
