@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.feature_terms import Pair, feature_terms
 from renyi_kd.relation import RelationModule
 from renyi_kd.sam.features import SAMFeatures, check_features
+from renyi_kd.samples.agreement import telling_of_errors
 from renyi_kd.samples.processes import check_group
 from renyi_kd.samples.scope import Scope
 
@@ -118,7 +121,10 @@ def infosam_terms(
             argument is out of its range. Weights are negative, or given to another form than ``"jensen_renyi"``. Under
             ``check_finite``: a feature is not finite, or all weights are zero. Weights on another device than the CPU
             are looked at under ``check_finite`` alone. Under ``global_batch``, features of teacher and student that do
-            not fit each other raise in every process; an error before that leaves the others waiting, as in DDP.
+            not fit each other raise in every process, as does every other error of one of them, and settings or weights
+            of the module that differ. The weights are compared in the first step and after the first two changes.
+        RuntimeError: under ``global_batch``, a process has died, hangs, or does not call the loss. It is named, at the
+            latest after the timeout of the process group.
 
     Cost: four reads of each map and one write of the student's; see ``ops``. Extra memory is O(s n h w) and a few
     blocks, nothing of a map's size but the gradient. Under ``global_batch`` every process has a share of the channels
@@ -141,30 +147,32 @@ def infosam_terms(
             f"infosam_terms: relation must be a RelationModule, got {type(relation).__name__}; "
             "of an InfoSAMLoss it is infosam_loss.relation"
         )
-    objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
-    check_objective("infosam_terms", objective)
-    check_impl("infosam_terms", impl)
     check_group("infosam_terms", process_group)
-    if process_group is not None and not global_batch:
-        raise ValueError(
-            "infosam_terms: process_group must go with global_batch=True, got it without; leave it out for the loss of "
-            "this process's samples"
-        )
     scope = Scope(global_batch, group=process_group)
-    check_features("infosam_terms", "teacher", teacher, may_be_empty=scope.spans_processes)
-    check_features("infosam_terms", "student", student, may_be_empty=scope.spans_processes)
-    check_sample_weight("infosam_terms", sample_weight, objective, student, check_finite=check_finite)
-    return relation_terms(
-        "infosam_terms",
-        relation,
-        teacher,
-        student,
-        objective,
-        scope,
-        sample_weight,
-        check_finite=check_finite,
-        impl=impl,
-    )
+    device = relation.key_proj.weight.device
+    with telling_of_errors(device, group=process_group) if scope.spans_processes else nullcontext():
+        if process_group is not None and not global_batch:
+            raise ValueError(
+                "infosam_terms: process_group must go with global_batch=True, got it without; leave it out for the "
+                "loss of this process's samples"
+            )
+        objective = Objective(lambda_r, lambda_d, alpha, distillation, detach_teacher_relation)
+        check_objective("infosam_terms", objective)
+        check_impl("infosam_terms", impl)
+        check_features("infosam_terms", "teacher", teacher, may_be_empty=scope.spans_processes)
+        check_features("infosam_terms", "student", student, may_be_empty=scope.spans_processes)
+        check_sample_weight("infosam_terms", sample_weight, objective, student, check_finite=check_finite)
+        return relation_terms(
+            "infosam_terms",
+            relation,
+            teacher,
+            student,
+            objective,
+            scope,
+            sample_weight,
+            check_finite=check_finite,
+            impl=impl,
+        )
 
 
 def relation_terms(
@@ -175,6 +183,7 @@ def relation_terms(
     objective: Objective,
     scope: Scope,
     sample_weight: Tensor | None = None,
+    settings: Mapping[str, object] | None = None,
     *,
     check_finite: bool,
     impl: Impl,
@@ -182,13 +191,15 @@ def relation_terms(
     """Return the loss with its terms and relations.
 
     The objective, each model's features and the weights of the samples were checked before; ``function`` begins the
-    messages of what is wrong with the pair.
+    messages of what is wrong with the pair. ``settings`` are what all processes must have alike; None for the objective
+    alone.
     """
     least = 1 if objective.compares_pairs else 2
     images = scope.images(function, teacher, student, least=least, check_finite=check_finite)
     pair = Pair(*teacher[:2], *student[:2], images, sample_weight)
     value = relation.value(student.mask_tokens, function=function)
-    join = scope.join(function, partial(batch_gram, impl=impl), least=least)
+    gram = partial(batch_gram, impl=impl)
+    join = scope.join(function, settings or objective._asdict(), relation, gram, least=least)
     terms = feature_terms(pair, value, objective, join=join, impl=impl)
     return InfoSAMTerms(*terms[:3], Relations(terms.teacher_gram, terms.student_gram, objective.alpha))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +21,9 @@ from renyi_kd.sam.inputs import CompareInputs, Comparison
 from renyi_kd.sam.reads import Reads, with_reads
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
+from renyi_kd.samples.agreement import telling_of_errors
 from renyi_kd.samples.bank import SampleBank
-from renyi_kd.samples.processes import check_group
+from renyi_kd.samples.processes import check_group, n_processes
 from renyi_kd.samples.scope import Scope
 from renyi_kd.share_control import ShareControl
 from renyi_kd.teachers.model_pair import ModelPair
@@ -40,8 +42,10 @@ class InfoSAMLoss(nn.Module):
 
     It owns the relation module, whose parameters belong in the optimiser beside the student's:
     ``AdamW([*trainable, *infosam_loss.parameters()])``. Its state dict is that of the relation module under
-    ``relation.``. What it computes, and its limits, are those of :func:`infosam_terms`. Weights, order and form are its
-    ``objective``, which a schedule replaces; see :class:`Objective`.
+    ``relation.``, and of ``gradient_share`` and a bank where there is one. With it and the same arguments a run goes on
+    after a step as if it had never stopped; in several processes each saves its own. What it computes, and its limits,
+    are those of :func:`infosam_terms`. Weights, order and form are its ``objective``, which a schedule replaces; see
+    :class:`Objective`.
 
     Args:
         dim: channels of image features and mask tokens; 256 in every released SAM.
@@ -60,13 +64,14 @@ class InfoSAMLoss(nn.Module):
         detach_teacher_relation: whether L_d leaves the module without gradient through the teacher's relation.
         global_batch: whether the loss is that of the samples of all processes together; for a loss that is wrapped in
             DDP or FSDP like the model. Every process calls it, as often as the others, in validation too. One may have
-            no samples in a step: :class:`SAMFeatures` of b = s = 0, which taps refuse.
+            no samples in a step: :class:`SAMFeatures` of b = s = 0, which taps refuse. Where one fails, the others name
+            it, see :func:`infosam_terms`.
         process_group: the processes of ``global_batch`` and ``gradient_share``, where not all train: the
             ``torch.distributed.ProcessGroup`` that DDP or the mesh of FSDP has too. None for the default group. Copies
             have the same group; to be pickled, a loss must have none.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
             of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
-            none. The teacher's maps of so many samples stay in memory; the state dict holds none. Under
+            none. The teacher's maps of so many samples stay in memory, and are part of the state dict. Under
             ``global_batch`` every process then receives the whole maps of all.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
         compare_inputs: whether images and prompts that reach teacher and student are compared. ``"first"``: in full in
@@ -132,7 +137,8 @@ class InfoSAMLoss(nn.Module):
         self.token: Token = token
         self.check_finite = check_finite
         self.impl: Impl = impl
-        self._scope = Scope(global_batch, SampleBank(bank_size) if bank_size else None, process_group)
+        self.bank = SampleBank(bank_size) if bank_size else None
+        self._scope = Scope(global_batch, self.bank, process_group)
         self.share_control = None if gradient_share is None else ShareControl(gradient_share)
         self._last: InfoSAMTerms | None = None
         self._last_weight: Tensor | None = None
@@ -174,52 +180,55 @@ class InfoSAMLoss(nn.Module):
 
         Raises:
             TypeError: ``teacher`` is neither a teacher nor features, or ``student`` neither a tap nor features.
-            RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; or ``gradient_share``
-                has no task to be a share of, or features that a function computed.
-            ValueError: as :func:`infosam_terms`; or teacher and student share what is trained, or saw other images or
-                prompts.
+            RuntimeError: a tap has nothing to give, see :meth:`Tap.take` and :meth:`Tap.observe`; ``gradient_share``
+                has no task to be a share of, or features that a function computed; or a process is missing, under
+                ``global_batch`` or ``gradient_share``.
+            ValueError: as :func:`infosam_terms`, also for settings that differ between processes; or teacher and
+                student share what is trained, or saw other images or prompts.
 
         Warns:
             UserWarning: the relation module's gradients are never cleared, or the teacher has the student's adapters.
 
         """
-        if not isinstance(teacher, Teacher | SAMFeatures):
-            raise TypeError(_not_tapped("teacher", teacher))
-        if not isinstance(student, Tap | SAMFeatures):
-            raise TypeError(_not_tapped("student", student))
         if self.share_control is not None and torch.compiler.is_compiling():
             return _terms_uncompiled(self, teacher, student, batch, sample_weight)
-        step = Step(batch)
-        # The student first: what it has collected may be stale, and a teacher's forward takes long.
-        if isinstance(student, Tap):
-            frozen = getattr(teacher, "model", None)
-            if isinstance(frozen, nn.Module):
-                self._pair.check(frozen, student.model)
-            self._gradient_watch.look(self.relation, student.model)
-            student, step = student.take_step(batch)
-        reads = Reads()
-        # torch.compile traces no hooks, and would find aliases in the place of leaves.
-        if not torch.compiler.is_compiling():
-            check_features("InfoSAMLoss", "student", student, may_be_empty=self._scope.spans_processes)
-            student = with_reads(student)
-            reads = student.reads
-        student = self._with_token("student", student)
-        if not isinstance(teacher, SAMFeatures):
-            teacher = teacher.observe(step._replace(comparison=self._comparison))
-        teacher = self._with_token("teacher", teacher)
-        check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
-        terms = relation_terms(
-            "InfoSAMLoss",
-            self.relation,
-            teacher,
-            student,
-            self.objective,
-            self._scope,
-            sample_weight,
-            check_finite=self.check_finite,
-            impl=self.impl,
-        )
-        return self._weighed(terms, reads)
+        with self._telling_of_errors():
+            if not isinstance(teacher, Teacher | SAMFeatures):
+                raise TypeError(_not_tapped("teacher", teacher))
+            if not isinstance(student, Tap | SAMFeatures):
+                raise TypeError(_not_tapped("student", student))
+            step = Step(batch)
+            # The student first: what it has collected may be stale, and a teacher's forward takes long.
+            if isinstance(student, Tap):
+                frozen = getattr(teacher, "model", None)
+                if isinstance(frozen, nn.Module):
+                    self._pair.check(frozen, student.model)
+                self._gradient_watch.look(self.relation, student.model)
+                student, step = student.take_step(batch)
+            reads = Reads()
+            # torch.compile traces no hooks, and would find aliases in the place of leaves.
+            if not torch.compiler.is_compiling():
+                check_features("InfoSAMLoss", "student", student, may_be_empty=self._scope.spans_processes)
+                student = with_reads(student)
+                reads = student.reads
+            student = self._with_token("student", student)
+            if not isinstance(teacher, SAMFeatures):
+                teacher = teacher.observe(step._replace(comparison=self._comparison))
+            teacher = self._with_token("teacher", teacher)
+            check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
+            terms = relation_terms(
+                "InfoSAMLoss",
+                self.relation,
+                teacher,
+                student,
+                self.objective,
+                self._scope,
+                sample_weight,
+                self._settings(),
+                check_finite=self.check_finite,
+                impl=self.impl,
+            )
+            return self._weighed(terms, reads)
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return ``terms.diagnostics()`` of the last step: relations, and the loss's share of the gradient.
@@ -279,7 +288,10 @@ class InfoSAMLoss(nn.Module):
         gradients = GradientMeasurement(reads) if measures and known else None
         loss, compression, distillation = terms
         if control is not None:
-            weight = control.weight.clone() if gradients is None else control.next_weight(self.process_group)
+            if gradients is None:
+                weight = control.weight.clone()
+            else:
+                weight = control.next_weight(self._settings(), group=self.process_group)
             loss = weight * loss
             if gradients is not None:
                 control.follow(gradients, weight)
@@ -288,6 +300,20 @@ class InfoSAMLoss(nn.Module):
         self._last = InfoSAMTerms(loss.detach(), compression.detach(), distillation.detach(), relations)
         self._last_weight = weight
         return terms
+
+    def _telling_of_errors(self) -> AbstractContextManager[None]:
+        """Return what lets other processes hear of an error within it, where they wait for this one."""
+        control, spans_processes = self.share_control, self._scope.spans_processes
+        follows = control is not None and torch.is_grad_enabled() and n_processes(self.process_group) > 1
+        if not (spans_processes or follows):
+            return nullcontext()
+        exchanges = spans_processes or (control is not None and not control.agreed)
+        return telling_of_errors(self.relation.key_proj.weight.device, exchanges=exchanges, group=self.process_group)
+
+    def _settings(self) -> dict[str, object]:
+        """Return what all processes must have alike."""
+        names = "gradient_share", "token", "global_batch", "bank_size"
+        return {**self.objective._asdict(), **{name: getattr(self, name) for name in names}}
 
     @property
     def objective(self) -> Objective:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from renyi_kd.gradient_share import GradientMeasurement
+from renyi_kd.samples.agreement import agree, meeting
 from renyi_kd.samples.processes import n_processes
 
 # Of the step before which nothing was measured: next to no effect, and enough to be measured in every dtype.
@@ -51,6 +52,8 @@ class ShareControl(nn.Module):
         self._squares = torch.zeros(2, 2)
         self._waiting: list[tuple[GradientMeasurement, Tensor]] = []
         self._n_checked = 0
+        # Whether all processes were found to have the same settings.
+        self.agreed = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShareControl:
         before = {"mean": self.mean, "n_steps": self.n_steps, "weight": self.weight}
@@ -62,23 +65,36 @@ class ShareControl(nn.Module):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    def next_weight(self, group: distributed.ProcessGroup | None = None) -> Tensor:
+    def next_weight(
+        self, settings: Mapping[str, object] | None = None, *, group: distributed.ProcessGroup | None = None
+    ) -> Tensor:
         """Return the weight of a step with gradient, ``[]``, which follows what was measured before.
 
         Args:
+            settings: of the loss; several processes compare them in the first step, for which the host waits.
             group: of the processes that have one weight; None for the default one.
 
         Raises:
-            RuntimeError: in the first steps the task has had no gradient where the loss has.
+            RuntimeError: in the first steps the task has had no gradient where the loss has; or a process is missing,
+                see :func:`meeting`.
+            ValueError: in every process, if their settings differ.
 
         """
         measured = self.collect()
         squares = self._squares.to(self.mean)
         self._squares = torch.zeros_like(squares)
         if n_processes(group) > 1:
-            distributed.all_reduce(squares, group=group)
+            if not self.agreed:
+                agree("InfoSAMLoss", settings or {}, squares.device, group=group)
+                self.agreed = True
+            with meeting("InfoSAMLoss", group=group):
+                distributed.all_reduce(squares, group=group)
         if measured and self._n_checked < _CHECKED_STEPS:
-            self._check_task(squares)
+            # A run that goes on after some steps has found its task.
+            if self.n_steps > 0:
+                self._n_checked = _CHECKED_STEPS
+            else:
+                self._check_task(squares)
         own, task = squares.unbind(1)
         share = (own / task).sqrt()
         share = torch.where(share.isfinite(), share, torch.zeros_like(share)).amax()

@@ -223,11 +223,10 @@ def test_samples_of_another_kind_are_forgotten(change):
 
 def test_copies_and_checkpoints():
     infosam = with_bank(4)
-    assert infosam.state_dict().keys() == InfoSAMLoss(DIM).state_dict().keys()
     for seed in (0, 10):
         teacher, student = step(seed)
         infosam(teacher, in_training(student))
-    assert infosam.state_dict().keys() == InfoSAMLoss(DIM).state_dict().keys()
+    assert infosam.state_dict().keys() - InfoSAMLoss(DIM).state_dict().keys() == {"bank._extra_state"}
     teacher, student = step(20)
     copies = copy.deepcopy(infosam), pickle.loads(pickle.dumps(infosam)), infosam
     losses = [each(teacher, in_training(student)) for each in copies]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from renyi_kd.samples.samples import Samples, images_of_parts
 
 
-class SampleBank:
+class SampleBank(nn.Module):
     """The last samples of earlier steps, as constants: their scores are those of the step that they were part of.
 
     What is not finite of a step is kept as zero: its own loss tells of it, and those after it are not spoilt.
@@ -27,8 +29,11 @@ class SampleBank:
     """
 
     def __init__(self, size: int) -> None:
+        super().__init__()
         self.size = size
         self._past: Samples | None = None
+        # From a checkpoint, which may have been read to another device.
+        self._loaded = False
 
     def join(self, own: Samples) -> Samples:
         """Return the samples of a step and after them those kept, and keep the step's while gradients are on.
@@ -36,6 +41,9 @@ class SampleBank:
         Those kept are left out, and then forgotten, where they have another shape, dtype or device than the step's; a
         warning says so of a step with a single sample, which is left with nothing to compare it with.
         """
+        if self._loaded and self._past is not None:
+            self._past = _moved(self._past, own.image_features.device)
+        self._loaded = False
         past = self._past
         if past is not None and _kind(past) != _kind(own):
             if len(own.mask_tokens) == 1:
@@ -50,6 +58,34 @@ class SampleBank:
         if torch.is_grad_enabled():
             self._past = _kept(joined, self.size)
         return joined
+
+    def get_extra_state(self) -> tuple[Any, ...]:
+        """Return the fields of the :class:`Samples` that are kept; none before the first step."""
+        # A tuple, which torch.distributed.checkpoint takes as a whole, as it does not know its parts when it loads.
+        return () if self._past is None else tuple(self._past)
+
+    def set_extra_state(self, state: Sequence[Any]) -> None:
+        """Keep the samples of another bank; of a larger one its last ones, and of a smaller one all."""
+        self._past = _kept(Samples(*state), self.size) if state else None
+        self._loaded = True
+
+    # Strict loading takes a checkpoint from before there was a bank, after which nothing is kept.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", ())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Return the size for ``repr``."""
+        return f"size={self.size}"
+
+
+def _moved(samples: Samples, device: torch.device) -> Samples:
+    return samples._replace(
+        image_features=samples.image_features.to(device),
+        mask_tokens=samples.mask_tokens.to(device),
+        teacher_scores=samples.teacher_scores.to(device),
+        student_scores=samples.student_scores.to(device),
+    )
 
 
 def _kind(samples: Samples) -> str:

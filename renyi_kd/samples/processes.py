@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from renyi_kd.samples.agreement import exchange_headers
 from renyi_kd.samples.columns import channels_of_all, sum_of_parts
@@ -43,6 +43,8 @@ def check_group(function: str, group: object) -> None:
 def gather_samples(
     function: str,
     own: Samples,
+    settings: Mapping[str, object],
+    relation: nn.Module,
     gram: Callable[[Tensor], Tensor] | None,
     *,
     least: int,
@@ -57,14 +59,16 @@ def gather_samples(
     Args:
         function: whose messages these are.
         own: of this process. Numbers of images and samples may differ between processes, and be 0.
+        settings: what must be the same in all processes beside the kind of the samples, by name.
+        relation: the module whose weights must be the same, see :func:`exchange_headers`.
         gram: from maps to their inner products ``[b, b]`` in fp64. Each process then has some channels of the maps of
             all, and the samples bring their Gram matrix. None for whole maps, as those of later steps may need them.
         least: how many samples the loss needs.
         group: of the processes; None for the default one.
 
     Raises:
-        ValueError: in every process, if shapes, dtypes or gradient modes differ, a process refuses its own, or all
-            together have too few.
+        ValueError: in every process, if shapes, dtypes, gradient modes, settings or weights differ, a process has
+            raised before, or all together have too few.
 
     Cost: one exchange of sizes and image indices, then one each for tokens and scores, and for the maps one of whole
     maps, or three of as many bytes as the own maps and twice the Gram matrix. The first is PyTorch's exchange of
@@ -74,7 +78,7 @@ def gather_samples(
     where their numbers differ.
 
     """
-    headers = exchange_headers(function, own, group=group)
+    headers = exchange_headers(function, own, settings, relation, group=group)
     n_images = [header.n_images for header in headers]
     n_samples = [header.n_samples for header in headers]
     if sum(n_samples) < least:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from renyi_kd.sam.features import SAMFeatures, images_of_pair
-from renyi_kd.samples.agreement import announce_refusal
+from renyi_kd.samples.agreement import meeting
 from renyi_kd.samples.bank import SampleBank
 from renyi_kd.samples.processes import gather_samples, n_processes
 from renyi_kd.samples.samples import Join, Samples
@@ -38,26 +38,29 @@ class Scope(NamedTuple):
     def images(
         self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
     ) -> list[int] | None:
-        """Return what :func:`images_of_pair` does of enough samples; other processes hear of it where it raises.
+        """Return what :func:`images_of_pair` does of enough samples.
 
         ``least`` is how many samples the loss needs, wherever they come from.
         """
-        if not self.spans_processes:
-            least = least if self.bank is None else 1
-            return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
-        try:
-            # Those of all processes are counted when they are together.
-            return images_of_pair(function, teacher, student, least=0, check_finite=check_finite)
-        except ValueError:
-            # The others wait for this one's samples.
-            announce_refusal(teacher.image_features.device, group=self.group)
-            raise
+        # Those of all processes are counted when they are together.
+        least = 0 if self.spans_processes else 1 if self.bank is not None else least
+        return images_of_pair(function, teacher, student, least=least, check_finite=check_finite)
 
-    def join(self, function: str, gram: Callable[[Tensor], Tensor], *, least: int) -> Join | None:
+    def join(
+        self,
+        function: str,
+        settings: Mapping[str, object],
+        relation: nn.Module,
+        gram: Callable[[Tensor], Tensor],
+        *,
+        least: int,
+    ) -> Join | None:
         """Return what adds the samples of other processes and then those of earlier steps; None for the batch alone.
 
         Args:
             function: whose messages there are.
+            settings: of the loss, which must be the same in all processes.
+            relation: the module whose weights must be the same.
             gram: from maps to their inner products ``[b, b]`` in fp64.
             least: how many samples the loss needs, wherever they come from.
 
@@ -67,11 +70,13 @@ class Scope(NamedTuple):
             return None
 
         def join(samples: Samples) -> Samples:
-            if spans_processes and bank is None:
-                samples = gather_samples(function, samples, gram, least=least, group=group)
-            elif spans_processes:
+            if spans_processes:
                 # Kept maps are whole: one process may write them into a checkpoint that all of them read.
-                samples = gather_samples(function, samples, None, least=1, group=group)
+                gram_of_parts, n_needed = (gram, least) if bank is None else (None, 1)
+                with meeting(function, group=group):
+                    samples = gather_samples(
+                        function, samples, settings, relation, gram_of_parts, least=n_needed, group=group
+                    )
             return samples if bank is None else bank.join(samples)
 
         # Dynamo cannot trace the exchange, and would compile anew every step in which the bank grows. Not in eager
