@@ -160,10 +160,15 @@ class GradientCache:
         """Raise unless the features are those of the first pass, as far as the host knows, or in value where asked."""
         first = self._micro_batches[number]
         maps, tokens, image_index = features
-        difference = None
-        for name, value, shape in (("image features", maps, first.maps), ("mask tokens", tokens, first.tokens)):
-            if value.shape != shape:
-                difference = f"{name} of {tuple(value.shape)} where they were of {tuple(shape)}"
+        values = (("image features", maps, first.maps), ("mask tokens", tokens, first.tokens))
+        difference = next(
+            (
+                f"{name} of {tuple(value.shape)} where they were of {tuple(shape)}"
+                for name, value, shape in values
+                if value.shape != shape
+            ),
+            None,
+        )
         if difference is None and not _same_index(image_index, first.image_index):
             difference = "samples of other images"
         if difference is None and first.some is not None:

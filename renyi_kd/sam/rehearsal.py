@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from renyi_kd.sam.memory import leaves, version
+from renyi_kd.sam.memory import leaves
 
 _WITHOUT_GENERATOR = {"cpu", "meta"}
 
@@ -51,7 +51,7 @@ def rehearsing(model: nn.Module) -> Iterator[None]:
     Cost: a copy of the model's buffers.
     """
     buffers = [
-        (module._buffers, name, value, version(value), value.detach().clone())
+        (module._buffers, name, value, value.detach().clone())
         for module in model.modules()
         for name, value in module._buffers.items()
         if value is not None
@@ -68,11 +68,10 @@ def rehearsing(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for holder, name, value, before, numbers in buffers:
-                    holder[name] = value
-                    if version(value) != before:
-                        value.copy_(numbers)
+            for holder, name, value, numbers in buffers:
+                holder[name] = value
+                # All of them, as batch norm writes past their versions; and past their versions, as they are as before.
+                value.data.copy_(numbers)
 
 
 def _forget(_saved: Tensor) -> None:
