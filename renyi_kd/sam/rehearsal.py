@@ -46,7 +46,7 @@ def rehearsing(model: nn.Module) -> Iterator[None]:
     """Let a model run as in training, with nothing saved for a backward, and put its buffers back in the end.
 
     Gradients are on, so that the model computes by the kernels and the branches of the run that counts, and so that
-    passes of its own without gradient can be told apart.
+    passes of its own without gradient can be told apart. Under DDP processes exchange nothing.
 
     Cost: a copy of the model's buffers.
     """
@@ -59,9 +59,11 @@ def rehearsing(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
-                # It would wait for a backward, and would think that its buffers had been exchanged.
-                synchronised = module.require_forward_param_sync
-                stack.callback(setattr, module, "require_forward_param_sync", synchronised)
+                # It would wait for a backward. And processes may have different numbers of such runs, so that their
+                # buffers are exchanged when it counts.
+                exchanges = module.require_forward_param_sync
+                stack.callback(setattr, module, "require_forward_param_sync", exchanges)
+                module.require_forward_param_sync = False
                 stack.enter_context(module.no_sync())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_forget, _refuse))
