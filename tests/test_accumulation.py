@@ -217,6 +217,34 @@ def test_in_autocast(dtype):
     assert_same_step(setup.exact(batches), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision):
+    """Which wraps the forward of model and loss, and divides what is differentiated."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def in_autocast(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return model(batch)
+
+    batches = images(dtype=torch.float32)
+    expected = Setup(dtype=torch.float32, call=in_autocast).plain(batches)
+    setup = Setup(dtype=torch.float32)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        settings = {"mixed_precision": precision, "gradient_accumulation_steps": len(batches)}
+        accelerator = accelerate.Accelerator(cpu=True, **settings)
+        model, infosam_loss = accelerator.prepare(setup.models[1], setup.inner)
+        teacher = tap(accelerator.prepare_model(setup.models[0], evaluation_mode=True))
+        accumulation = Accumulation(infosam_loss, teacher, tap(model))
+        for batch in batches:
+            accumulation.collect(batch)
+        for batch in accumulation.replay():
+            accelerator.backward(task_of(model(batch)) + accumulation.loss())
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert_same_gradients(setup.gradients(), expected.gradients, rtol=1e-5)
+
+
 def test_a_grad_scaler_scales_it_too():
     """Gradients too small for fp16, which the features are in, are those of the plain way."""
 
