@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # The targets that one process compiles for; the longest first, as several workers share them.
 GROUPS = [["sm_90"], ["sm_80", "sm_86", "sm_89"], ["sm_75", "sm_100", "sm_120"], ["gfx942", "gfx1100"]]
 # For these every kernel is compiled, for the others those that may not fit there.
-WHOLE = {"sm_80", "sm_90", "sm_100", "gfx942"}
+WHOLE = {"sm_80", "sm_90", "gfx942"}
 # What reaches memory where it should not, by target and kernel, and why it is left so; what no longer does must go.
 SPILLS = {
     ("sm_80", "_feature_terms_bwd_kernel"): "8 bytes, where pairs are compared in fp32",
@@ -65,9 +65,9 @@ def test_kernels_compile_and_fit(targets):
     rows = run("--targets", *targets)
     assert {row["target"] for row in rows} == set(targets)
     for target in set(targets) & WHOLE:
-        of_target = [row for row in rows if row["target"] == target]
-        assert {row["kernel"] for row in of_target} == kernels()
-        constants = {value for row in of_target for value in row["constants"].values() if isinstance(value, str)}
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels()
+    if "sm_90" in targets:
+        constants = {value for row in rows for value in row["constants"].values() if isinstance(value, str)}
         assert constants >= set(get_args(Distillation))
     for row in rows:
         assert row["machine_code_bytes"] > 0, row

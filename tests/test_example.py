@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from benchmarks.sam.models import MINI_SAM
 from examples import finetune
 from renyi_kd import InfoSAMLoss
+from tests.support.command_line import help_of
 from tests.support.families import hf_sam2, hf_sam_hq
 from tests.support.images import write_folder
 from tests.support.models import DIM, hf_sam
@@ -202,9 +203,8 @@ def test_the_default_model_and_images_ship_with_the_example():
     assert sum(path.stat().st_size for path in options.data.rglob("*") if path.is_file()) < 2e6
 
 
-def test_help_says_what_every_option_does():
-    command = [sys.executable, "-W", "error", "-m", "examples.finetune", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_says_what_every_option_does(monkeypatch, capsys):
+    said = help_of(finetune, monkeypatch, capsys)
     for field in dataclasses.fields(finetune.Options):
         assert f"--{field.name.replace('_', '-')} " in said or f"--{field.name}," in said
     assert "draw the relations of teacher and student" in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import cases, gpu, gpu_steps, kernels, measure
+from tests.support.command_line import help_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -215,8 +215,7 @@ def test_steps_are_taken_apart_unless_they_are_wrong(tmp_path, monkeypatch, caps
     assert list(measure.read_rows(tmp_path / "step_kernels_cuda.csv")["kernel"]) == ["a_kernel"]
 
 
-def test_help_says_what_every_option_does():
-    command = [sys.executable, "-W", "error", "-m", "benchmarks.gpu_steps", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_says_what_every_option_does(monkeypatch, capsys):
+    said = help_of(gpu_steps, monkeypatch, capsys)
     for field in dataclasses.fields(gpu_steps.Options):
         assert f"--{field.name.replace('_', '-')} " in said.replace(",", " ")

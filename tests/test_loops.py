@@ -685,12 +685,12 @@ def test_lightning(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_over_ten_thousand_steps():
+def test_memory_does_not_grow_over_thousands_of_steps():
     models, infosam_loss = [MiniSam(), MiniSam()], InfoSAMLoss(4)
     teacher, student = (tap(model) for model in models)
     batch, hooks = torch.randn(2, 3, 3, 3), hooks_of(models[1])
 
-    for step in range(10_000):
+    for step in range(3_000):
         if step == 100:
             before = living()
         if step % 10 == 1:

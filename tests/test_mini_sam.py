@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.mini_sam import pretrain
 from benchmarks.sam.models import MINI_SAM, load_sam
+from tests.support.command_line import help_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +30,8 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in MINI_SAM.iterdir()) < 8e6
 
 
-def test_help_says_what_every_option_does():
-    command = [sys.executable, "-W", "error", "-m", "benchmarks.mini_sam.pretrain", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_says_what_every_option_does(monkeypatch, capsys):
+    said = help_of(pretrain, monkeypatch, capsys)
     for field in dataclasses.fields(pretrain.Options):
         assert f"--{field.name.replace('_', '-')} " in said
     assert "of the optimiser" in said

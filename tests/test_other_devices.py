@@ -81,7 +81,7 @@ def launches_of(terms, relation: RelationModule, teacher: SAMFeatures, student: 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_reference_takes_no_more_launches_than_the_textbook(dtype, strides, prompts):
-    for n_images in (2, 16, 64):
+    for n_images in (2, 64):
         features = [features_on_meta(n_images, dtype, strides, prompts) for _ in range(2)]
         relation = RelationModule(256).to("meta")
         own = launches_of(infosam_terms, relation, *features)

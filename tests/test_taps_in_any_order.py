@@ -510,5 +510,5 @@ def test_a_loop_may_do_anything_next():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:tap. 256 decoder calls are waiting")
 def test_a_long_loop_may_do_anything_next():
-    settings = hypothesis.settings(max_examples=80, stateful_step_count=50)
+    settings = hypothesis.settings(max_examples=40, stateful_step_count=50)
     run_state_machine_as_test(AnyOrder, settings=settings)
