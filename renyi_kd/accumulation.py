@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from renyi_kd.functional import check_sample_weight
 from renyi_kd.gradient_cache import GradientCache, Replayed
 from renyi_kd.loss import InfoSAMLoss, observed_features
+from renyi_kd.micro_batches import MicroBatches
 from renyi_kd.sam.memory import version
 from renyi_kd.sam.rehearsal import RandomState, random_state, rehearsing
 from renyi_kd.sam.tap import Tap
@@ -44,7 +45,7 @@ class _Passes:
 
     cache: GradientCache
     collected: list[_Collected] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    versions: dict[int, int] = field(default_factory=dict)
     replaying: bool = False
     waiting: bool = False
     n_done: int = 0
@@ -55,7 +56,7 @@ class Accumulation:
 
     The loss compares all samples of a batch, so a mean of the losses of its parts is another one. Here a first pass
     runs student and teacher on each micro-batch and keeps their features alone. A second pass runs the student once
-    more, and passes on the gradient that the loss of them all has at its features::
+    more, and passes on the gradient that the loss of them all has at its features:
 
         accumulation = Accumulation(infosam_loss, teacher, student)
         for batch in micro_batches:
@@ -145,7 +146,7 @@ class Accumulation:
         check_sample_weight(
             "Accumulation", sample_weight, self._inner.objective, student, check_finite=self._inner.check_finite
         )
-        passes.cache.add(teacher, student, sample_weight)
+        passes.cache.micro_batches.add(teacher, student, sample_weight)
         if not passes.collected:
             passes.versions = _versions(model)
         passes.collected.append(_Collected(batch, random))
@@ -196,7 +197,8 @@ class Accumulation:
                 "Accumulation: loss must be computed with gradient, got torch.no_grad(); for a validation use "
                 "infosam_loss(teacher, student, batch)"
             )
-        if _versions(self._student.model) != passes.versions:
+        now = _versions(self._student.model)
+        if any(now.get(key, before) != before for key, before in passes.versions.items()):
             raise RuntimeError(
                 "Accumulation: the student must stay as it is from collect() to the last loss(), got weights that were "
                 "written to; call optimizer.step() once, after the second pass"
@@ -211,7 +213,7 @@ class Accumulation:
 
     def clear(self) -> None:
         """Drop what was collected, as after a step that is skipped."""
-        self._passes = _Passes(GradientCache(compares_values=self._n_compared < _COMPARED))
+        self._passes = _Passes(GradientCache(MicroBatches(compares_values=self._n_compared < _COMPARED)))
 
 
 def _replayed(passes: _Passes) -> Iterator[Any]:
@@ -231,8 +233,7 @@ def _check_done(passes: _Passes) -> None:
         )
 
 
-def _versions(model: nn.Module) -> list[int]:
-    """Return how often each weight that is trained was written to; those of wrappers that move them are not known."""
-    return [
-        version(value) for value in model.parameters() if value.requires_grad and type(value) in (Tensor, nn.Parameter)
-    ]
+def _versions(model: nn.Module) -> dict[int, int]:
+    """Return how often each weight that is trained was written to; of wrappers that move them that is not known."""
+    trained = (value for value in model.parameters() if value.requires_grad and type(value) in (Tensor, nn.Parameter))
+    return {id(value): version(value) for value in trained}

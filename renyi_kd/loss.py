@@ -248,7 +248,7 @@ class InfoSAMLoss(nn.Module):
         parameters = list(self.relation.parameters())
         measurement = self._measurement(features.reads)
         if cache.gradients is None:
-            teacher, student, sample_weight = cache.join()
+            teacher, student, sample_weight = cache.micro_batches.join()
             terms = self._weighed(self._terms_of(teacher, student, sample_weight), measurement)
             cache.differentiate(terms.loss, student, parameters, measurement)
         elif cache.gradients.measurement is not None:

@@ -409,7 +409,7 @@ def test_no_graph_and_no_feature_outlives_the_step():
     setup.exact(images())
     passes = setup.accumulation._passes
     assert passes.collected == []
-    assert len(passes.cache) == 0
+    assert len(passes.cache.micro_batches) == 0
     assert not setup.student.pending
 
 
@@ -503,6 +503,12 @@ def without_gradient() -> None:
             setup.accumulation.loss()
 
 
+def with_an_encoder_without_gradient() -> None:
+    setup = collected()
+    encoder = setup.models[1].image_encoder
+    second_pass(setup, lambda _number, batch: (encoder.requires_grad_(False), setup.student(batch)))
+
+
 def with_random_numbers_of_its_own() -> None:
     class Drawing(MiniSam):
         generator = torch.Generator().manual_seed(0)
@@ -560,6 +566,7 @@ def with_a_single_sample_in_all() -> None:
         (with_micro_batches_in_another_order, r"got image features of \(2, 4, 5, 5\) where they were of \(3, 4, 5, 5"),
         (with_a_step_for_each_micro_batch, "the student must stay as it is .* got weights that were written to"),
         (without_gradient, "loss must be computed with gradient, got torch.no_grad"),
+        (with_an_encoder_without_gradient, "must give the features of the first, got image features without gradient"),
         (with_random_numbers_of_its_own, "must give the features of the first, got other .* draw what is random from"),
         (with_a_backward_in_the_forward, "first pass must run without backward, got one inside the student's forward"),
         (with_two_image_sizes, "micro-batches must be of one kind, got .* after "),

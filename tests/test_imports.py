@@ -27,7 +27,8 @@ ALLOWED = {
     "feature_entropy": {"gram", "fp64", "ops"},
     "relation": {"ops", "sam"},
     "gradient_watch": {"relation"},
-    "gradient_cache": {"gradient_share", "ops", "sam"},
+    "micro_batches": {"sam"},
+    "gradient_cache": {"micro_batches", "gradient_share", "ops", "sam"},
     "functional": {"objective", "diagnostics", "relation", "samples", "ops", "sam"},
     "teachers": {"sam"},
     "loss": {
@@ -35,7 +36,7 @@ ALLOWED = {
         *("relation", "gradient_cache"),
         *("samples", "ops", "sam"),
     },
-    "accumulation": {"loss", "functional", "gradient_cache", "teachers", "sam"},
+    "accumulation": {"loss", "functional", "gradient_cache", "micro_batches", "teachers", "sam"},
     "plot": set(),
     "__main__": {"sam"},
 }
