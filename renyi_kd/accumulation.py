@@ -85,7 +85,8 @@ class Accumulation:
 
     Cost: the student's forward once more. Memory: the graph of one micro-batch. Beside it the image features of student
     and teacher of all micro-batches until the loss is computed, then also the gradient at the student's; and from then
-    on that gradient. For a SAM at 1024 pixels each of the three is 4 MiB an image in fp32.
+    on that gradient. For a SAM at 1024 pixels each of the three is 4 MiB an image in fp32. While a micro-batch is
+    collected there is a copy of the student's buffers too.
 
     Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import Accumulation, AdapterDisabled, InfoSAMLoss, SAMFeatures, tap
+from renyi_kd.sam.rehearsal import random_state
 from tests.support import module_gradients
 from tests.support.loops import MiniSam, Step, assert_same_gradients, run_hf, task_loss
 from tests.support.memory import PeakBytes
@@ -175,6 +177,32 @@ def test_what_a_loop_draws_between_its_micro_batches_does_not_matter():
         ((task_of(setup.student(batch)) + setup.accumulation.loss()) / len(UNEVEN)).backward()
         torch.rand(7)
     assert_same_gradients(setup.gradients(), expected.gradients, rtol=1e-12)
+
+
+class Generators:
+    """Stands in for torch.cuda and torch.mps: the random state of each device, which is a number here."""
+
+    def __init__(self) -> None:
+        self.states = {"cuda:0": 10, "cuda:1": 20, "mps": 30}
+
+    def get_rng_state(self, device: torch.device | str = "mps") -> int:
+        return self.states[str(device)]
+
+    def set_rng_state(self, state: int, device: torch.device | str = "mps") -> None:
+        self.states[str(device)] = state
+
+
+def test_random_numbers_are_those_of_every_device_of_model_and_batch(monkeypatch):
+    generators = Generators()
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: generators)
+    on = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "cpu", "cuda:1")]
+    model = SimpleNamespace(parameters=lambda: on, buffers=lambda: [SimpleNamespace(device=torch.device("mps"))])
+    state = random_state(model, {"image": torch.ones(2)})
+    generators.states = dict.fromkeys(generators.states, 0)
+    drawn = torch.rand(3)
+    state.restore()
+    assert generators.states == {"cuda:0": 0, "cuda:1": 20, "mps": 30}
+    assert torch.equal(torch.rand(3), drawn)
 
 
 class Counting(MiniSam):
