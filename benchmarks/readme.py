@@ -107,6 +107,14 @@ def shares_table(rows: pandas.DataFrame) -> str:
     return f"{markdown(shares(rows))}\n\n120 steps of each. Measured on {where(rows)}."
 
 
+def accumulation_table(rows: pandas.DataFrame) -> str:
+    """Return the table of what a batch costs in micro-batches as Markdown."""
+    newest = rows.groupby(["micro_batches", "way"], sort=False).last()
+    times, memory_of = (newest[name].astype(float) for name in ("ratio", "peak_mib"))
+    table = (times.map("{:.2f}, ".format) + memory_of.map("{:.0f} MiB".format)).unstack("way", sort=False)
+    return f"{markdown(table.rename_axis(['micro-batches']))}\n\nMeasured on {where(newest)}."
+
+
 def host_table(rows: pandas.DataFrame) -> str:
     """Return the table of what a step costs the host as Markdown: ratios, as only these of one run mean something."""
     newest = rows.groupby(["b", "provider"], sort=False).last()
@@ -211,6 +219,7 @@ DOCUMENTS: dict[str, dict[str, Callable[..., str]]] = {
     "docs/entropies.md": {"many_samples": many_samples_table},
     "docs/forms.md": {"shares": shares_table, "forms_cpu": forms_table},
     "docs/models.md": {"families": families_table},
+    "docs/training_loops.md": {"accumulation_cpu": accumulation_table},
     "docs/speed.md": {
         "loss_cpu": loss_table,
         "busy_cpu": busy_table,

@@ -1,5 +1,6 @@
 """The InfoSAM loss for fine-tuning Segment Anything models, and the matrix-based Rényi entropies behind it."""
 
+from renyi_kd.accumulation import Accumulation
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.entropy import conditional_entropy, joint_entropy, mutual_information, renyi_entropy
 from renyi_kd.feature_entropy import feature_entropy, feature_mutual_information
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RBF",
+    "Accumulation",
     "AdapterDisabled",
     "CachedTeacher",
     "Call",

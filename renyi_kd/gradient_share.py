@@ -47,6 +47,10 @@ class GradientMeasurement:
     def __init__(self, reads: Reads) -> None:
         # Of the loss and of the task in turns, as they come; to sum them is for whoever reads them.
         self._norms: dict[str, list[Tensor]] = {}
+        self.watch(reads)
+
+    def watch(self, reads: Reads) -> None:
+        """Measure at these tensors too, as those of one more micro-batch of the step."""
         for each in reads.image_features:
             self._watch("image_features", each, _some)
         for each in reads.mask_tokens:

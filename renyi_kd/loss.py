@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 
 from renyi_kd.diagnostics import RelationDiagnostics
 from renyi_kd.functional import check_sample_weight, relation_terms
+from renyi_kd.gradient_cache import Replayed
 from renyi_kd.gradient_share import GradientMeasurement
 from renyi_kd.gradient_watch import GradientWatch
 from renyi_kd.objective import Distillation, InfoSAMTerms, Objective, check_objective
@@ -18,7 +19,7 @@ from renyi_kd.ops.dispatch import Impl, check_impl, resolve
 from renyi_kd.relation import RelationModule, check_start
 from renyi_kd.sam.features import SAMFeatures, check_features
 from renyi_kd.sam.inputs import CompareInputs, Comparison
-from renyi_kd.sam.reads import Reads, with_reads
+from renyi_kd.sam.reads import ReadFeatures, Reads, with_reads
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
 from renyi_kd.samples.agreement import telling_of_errors
@@ -71,8 +72,9 @@ class InfoSAMLoss(nn.Module):
             have the same group; to be pickled, a loss must have none.
         bank_size: how many samples of earlier steps join those of a step, as constants, for batches of a few samples or
             of one. The first step of batches of one then gives 0. A step without gradient sees them too, and leaves
-            none. The teacher's maps of so many samples stay in memory, and are part of the state dict. Under
-            ``global_batch`` every process then receives the whole maps of all.
+            none. The teacher's maps of so many samples stay in memory, 4 MiB each of a SAM at 1024 pixels, or 2 where
+            they come in half precision, and are part of the state dict. Under ``global_batch`` every process then
+            receives the whole maps of all.
         check_finite: whether to look for NaN and inf in every step; waits for the device.
         compare_inputs: whether images and prompts that reach teacher and student are compared. ``"first"``: in full in
             the first steps, and by number, shape and memory afterwards. ``"always"``: in full, which waits for the
@@ -149,12 +151,15 @@ class InfoSAMLoss(nn.Module):
     def forward(
         self,
         teacher: Teacher | SAMFeatures,
-        student: Tap | SAMFeatures,
+        student: Tap | SAMFeatures | Replayed,
         batch: Any = None,
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a step, ``[]`` in bits; see :meth:`terms`."""
+        if isinstance(student, Replayed):
+            # Here and in no method of its own, as wrappers such as DDP must see a call of the module.
+            return _part_uncompiled(self, student)
         return self.terms(teacher, student, batch, sample_weight=sample_weight).loss
 
     def terms(
@@ -197,38 +202,11 @@ class InfoSAMLoss(nn.Module):
                 raise TypeError(_not_tapped("teacher", teacher))
             if not isinstance(student, Tap | SAMFeatures):
                 raise TypeError(_not_tapped("student", student))
-            step = Step(batch)
-            # The student first: what it has collected may be stale, and a teacher's forward takes long.
-            if isinstance(student, Tap):
-                frozen = getattr(teacher, "model", None)
-                if isinstance(frozen, nn.Module):
-                    self._pair.check(frozen, student.model)
-                self._gradient_watch.look(self.relation, student.model)
-                student, step = student.take_step(batch)
-            reads = Reads()
-            # torch.compile traces no hooks, and would find aliases in the place of leaves.
-            if not torch.compiler.is_compiling():
-                check_features("InfoSAMLoss", "student", student, may_be_empty=self._scope.spans_processes)
-                student = with_reads(student)
-                reads = student.reads
-            student = self._with_token("student", student)
-            if not isinstance(teacher, SAMFeatures):
-                teacher = teacher.observe(step._replace(comparison=self._comparison))
-            teacher = self._with_token("teacher", teacher)
-            check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
-            terms = relation_terms(
-                "InfoSAMLoss",
-                self.relation,
-                teacher,
-                student,
-                self.objective,
-                self._scope,
-                sample_weight,
-                self._settings(),
-                check_finite=self.check_finite,
-                impl=self.impl,
-            )
-            return self._weighed(terms, reads)
+            teacher, student = observed_features(self, teacher, student, batch)
+            terms = self._terms_of(teacher, student, sample_weight)
+            if torch.compiler.is_compiling() or not isinstance(student, ReadFeatures):
+                return self._weighed(terms, None)
+            return self._weighed(terms, self._measurement(student.reads))
 
     def diagnostics(self) -> RelationDiagnostics:
         """Return ``terms.diagnostics()`` of the last step: relations, and the loss's share of the gradient.
@@ -275,17 +253,52 @@ class InfoSAMLoss(nn.Module):
             )
         return numbers
 
-    def _weighed(self, terms: InfoSAMTerms, reads: Reads) -> InfoSAMTerms:
-        """Return the terms with the weight that the share asks for, and with what measures the share."""
-        control, weight = self.share_control, None
-        measures = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        known = bool(reads.image_features or reads.mask_tokens)
-        if control is not None and measures and not known:
+    def _terms_of(self, teacher: SAMFeatures, student: SAMFeatures, sample_weight: Tensor | None) -> InfoSAMTerms:
+        check_sample_weight("InfoSAMLoss", sample_weight, self.objective, student, check_finite=self.check_finite)
+        return relation_terms(
+            "InfoSAMLoss",
+            self.relation,
+            teacher,
+            student,
+            self.objective,
+            self._scope,
+            sample_weight,
+            self._settings(),
+            check_finite=self.check_finite,
+            impl=self.impl,
+        )
+
+    def _part(self, replayed: Replayed) -> Tensor:
+        """Return what a micro-batch adds to the loss of all, which the first of them computes."""
+        cache = replayed.cache
+        features = with_reads(self._with_token("student", replayed.features))
+        parameters = list(self.relation.parameters())
+        measurement = self._measurement(features.reads)
+        if cache.gradients is None:
+            with self._telling_of_errors():
+                teacher, student, sample_weight = cache.micro_batches.join()
+                terms = self._weighed(self._terms_of(teacher, student, sample_weight), measurement)
+            cache.differentiate(terms.loss, student, parameters, measurement)
+        elif cache.gradients.measurement is not None:
+            cache.gradients.measurement.watch(features.reads)
+        return cache.part(replayed.number, features, parameters)
+
+    def _measurement(self, reads: Reads) -> GradientMeasurement | None:
+        """Return what measures the share of a step that reads these tensors; None where nothing can."""
+        if not torch.is_grad_enabled():
+            return None
+        if reads.image_features or reads.mask_tokens:
+            return GradientMeasurement(reads)
+        if self.share_control is not None:
             raise RuntimeError(
                 "InfoSAMLoss: gradient_share must know the student's own tensors, got features that a function "
                 "computed; name places whose functions return a module's output or a view of it, or leave it out"
             )
-        gradients = GradientMeasurement(reads) if measures and known else None
+        return None
+
+    def _weighed(self, terms: InfoSAMTerms, gradients: GradientMeasurement | None) -> InfoSAMTerms:
+        """Return the terms with the weight that the share asks for, and with what measures the share."""
+        control, weight = self.share_control, None
         loss, compression, distillation = terms
         if control is not None:
             if gradients is None:
@@ -409,6 +422,36 @@ def _terms_uncompiled(
     terms = torch.compiler.disable(infosam_loss.terms)  # type: ignore[no-untyped-call]
     result: InfoSAMTerms = terms(teacher, student, batch, sample_weight=sample_weight)
     return result
+
+
+def _part_uncompiled(infosam_loss: InfoSAMLoss, replayed: Replayed) -> Tensor:
+    """Compute a part of a loss, in a compiled step outside of the graph, which could not hold hooks and gradients."""
+    if not torch.compiler.is_compiling():
+        return infosam_loss._part(replayed)
+    part: Tensor = torch.compiler.disable(infosam_loss._part)(replayed)  # type: ignore[no-untyped-call]
+    return part
+
+
+def observed_features(
+    infosam_loss: InfoSAMLoss, teacher: Teacher | SAMFeatures, student: Tap | SAMFeatures, batch: Any
+) -> tuple[SAMFeatures, SAMFeatures | ReadFeatures]:
+    """Return the features that a loss reads of teacher and student in a step; see :meth:`InfoSAMLoss.terms`."""
+    step = Step(batch)
+    # The student first: what it has collected may be stale, and a teacher's forward takes long.
+    if isinstance(student, Tap):
+        frozen = getattr(teacher, "model", None)
+        if isinstance(frozen, nn.Module):
+            infosam_loss._pair.check(frozen, student.model)
+        infosam_loss._gradient_watch.look(infosam_loss.relation, student.model)
+        student, step = student.take_step(batch)
+    # torch.compile traces no hooks, and would find aliases in the place of leaves.
+    if not torch.compiler.is_compiling():
+        check_features("InfoSAMLoss", "student", student, may_be_empty=infosam_loss._scope.spans_processes)
+        student = with_reads(student)
+    student = infosam_loss._with_token("student", student)
+    if not isinstance(teacher, SAMFeatures):
+        teacher = teacher.observe(step._replace(comparison=infosam_loss._comparison))
+    return infosam_loss._with_token("teacher", teacher), student
 
 
 # What torch.compiler.disable sets, which here would import the compiler. The reason is what fullgraph=True says.

@@ -12,7 +12,10 @@ import torch
 from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, infosam_terms
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.gram_terms import gram_terms
-from tests.support import gradients, in_training, relation_module, sam_features, to
+from renyi_kd.samples.bank import SampleBank
+from renyi_kd.samples.samples import Samples
+from tests.support import gradients, in_training, randn, relation_module, sam_features, to
+from tests.support.memory import LargestNewTensor
 from tests.support.tolerance import assert_close_on_scale
 
 DIM = 12
@@ -190,6 +193,43 @@ def test_the_bank_keeps_no_more_maps_than_samples():
     of_map, of_scores = 8 * DIM * 16 * 16, 8 * 2 * 16 * 16
     for image_index, n_images in (([0, 1, 2, 3], 3), ([2, 0, 2, 1], 2)):
         assert 0 < bytes_of(image_index) - n_images * of_map - 3 * of_scores < of_map / 4
+
+
+def samples_of_a_step(seed: int, images: list[int] | None = None, dtype: torch.dtype = torch.float32) -> Samples:
+    """Return those of maps of a released SAM, four where nothing says whose they are."""
+    n_images, n_samples = (4, 4) if images is None else (max(images) + 1, len(images))
+    return Samples(
+        randn(n_images, 256, 64, 64, seed=seed, dtype=dtype),
+        images,
+        randn(n_samples, 1, 256, seed=seed + 1, dtype=dtype),
+        *(randn(n_samples, 1, 64 * 64, seed=seed + i) for i in (2, 3)),
+    )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2)])
+def test_the_size_of_a_sample_is_what_its_docstring_says(dtype, size):
+    bank = SampleBank(3)
+    for seed in (0, 10):
+        own = samples_of_a_step(seed, dtype=dtype)
+        bank.join(own)
+    held = {value.untyped_storage() for value in bank._past if isinstance(value, torch.Tensor)}
+    of_a_sample = sum(storage.nbytes() for storage in held) / 3
+    assert of_a_sample == 256 * 64 * 64 * size + 1 * 256 * size + 2 * 1 * 64 * 64 * 4
+    kind = "fp32" if size == 4 else "half precision"
+    assert f"{of_a_sample / 2**20:.2f} MiB in {kind}" in " ".join(SampleBank.__doc__.split())
+    # In half precision too nothing is lost.
+    assert torch.equal(bank._past.image_features, own.image_features[:3])
+
+
+@pytest.mark.parametrize(("images", "kept"), [(None, 3), ([0, 0, 1, 1, 2, 3], 2)])
+def test_maps_are_copied_once_to_be_joined_and_once_to_be_kept(images, kept):
+    bank = SampleBank(3)
+    bank.join(samples_of_a_step(0, images))
+    own = samples_of_a_step(10, images)
+    with LargestNewTensor() as new:
+        bank.join(own)
+    of_a_map = own.image_features[0].nbytes
+    assert [size / of_a_map for size in new.sizes if size >= of_a_map] == [4 + kept, kept]
 
 
 @pytest.mark.parametrize("member", ["image_features", "mask_tokens"])

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import busy, cases, descent, gpu, kernels, many_samples, measure, processes, teachers
-from benchmarks.readme import busy_table, many_samples_table, processes_table
+from benchmarks import accumulation, busy, cases, descent, gpu, kernels, many_samples, measure, processes, teachers
+from benchmarks.readme import accumulation_table, busy_table, many_samples_table, processes_table
 from benchmarks.segmentation import __main__ as segmentation
 from benchmarks.segmentation import grid
 from tests.support.command_line import help_of
+from tests.support.models import hf_sam
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -257,7 +258,7 @@ def test_a_step_that_there_is_not_is_named(capsys, tmp_path):
     assert "--only must name steps of ['steps', 'loss_64'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent, many_samples, processes])
+@pytest.mark.parametrize("module", [kernels, busy, gpu, teachers, grid, descent, many_samples, processes, accumulation])
 def test_help_says_what_every_option_does(module, monkeypatch, capsys):
     words = ["run"] if module is grid else []
     said = help_of(segmentation if module is grid else module, monkeypatch, capsys, *words)
@@ -283,6 +284,17 @@ def test_a_busy_cpu_stands_beside_a_quiet_one(tmp_path, monkeypatch, capsys):
     table = busy_table(measure.read_rows(out))
     assert "| textbook, quiet | textbook, busy | renyi_kd, quiet | renyi_kd, busy | renyi_kd, busy / quiet |" in table
     assert "| 2 | channels last |" in table
+
+
+def test_a_batch_in_micro_batches(tmp_path, monkeypatch, capsys):
+    hf_sam().save_pretrained(tmp_path / "sam")
+    monkeypatch.setattr(accumulation, "MINI_SAM", tmp_path / "sam")
+    monkeypatch.setattr(measure, "_calls_ms", lambda run, seconds, at_least: [run() or 1.0])
+    out = tmp_path / "accumulation.csv"
+    accumulation.main(["--out", str(out), "--counts", "2", "--image-size", "32", "--trials", "1"])
+    assert capsys.readouterr().out.count("1 ms, 1.00, ") == 3
+    table = accumulation_table(measure.read_rows(out))
+    assert "| micro-batches | a loss each | all graphs in memory | Accumulation |" in table
 
 
 def test_descents_are_written_drawn_and_printed(tmp_path, capsys):

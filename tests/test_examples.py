@@ -21,6 +21,7 @@ TERMS = r"L_r (\S+), L_d (\S+), share (\S+)"
 # What each prints, and how many lines of it.
 PRINTED = {
     "accelerate_loop": (rf"epoch \d: task (\S+), {TERMS}", 3),
+    "accumulation": (rf"epoch \d: task (\S+), {TERMS}", 3),
     "adapter_disabled": (rf"epoch \d: task (\S+), {TERMS}", 3),
     "any_model": (rf"epoch \d: task (\S+), {TERMS}", 5),
     "cached_teacher": (rf"epoch \d: teacher's encoder ran (\d+) times, task (\S+), {TERMS}", 3),

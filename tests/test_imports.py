@@ -27,13 +27,16 @@ ALLOWED = {
     "feature_entropy": {"gram", "fp64", "ops"},
     "relation": {"ops", "sam"},
     "gradient_watch": {"relation"},
+    "micro_batches": {"sam"},
+    "gradient_cache": {"micro_batches", "gradient_share", "ops", "sam"},
     "functional": {"objective", "diagnostics", "relation", "samples", "ops", "sam"},
     "teachers": {"sam"},
     "loss": {
         *("functional", "teachers", "diagnostics", "gradient_share", "gradient_watch", "share_control", "objective"),
-        "relation",
+        *("relation", "gradient_cache"),
         *("samples", "ops", "sam"),
     },
+    "accumulation": {"loss", "functional", "gradient_cache", "micro_batches", "teachers", "sam"},
     "plot": set(),
     "__main__": {"sam"},
 }

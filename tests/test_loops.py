@@ -217,6 +217,38 @@ def test_processes_train_as_one_over_the_global_batch(found, global_step, second
             assert_same_gradients(values, mean(second_steps), rtol=2e-2)
 
 
+@pytest.fixture(scope="module")
+def steps_of_micro_batches():
+    """Return the gradients of one process with the graphs of all micro-batches: of own batches and of one of all."""
+    teacher, student = (tap(hf_sam(seed).double(), call=processes.run_multimask) for seed in (0, 1))
+    infosam_loss = InfoSAMLoss(DIM).double()
+
+    def gradients(parts: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        tasks = [student(batch)[0].square().mean() / len(part) for part in parts for batch in part]
+        return module_gradients(sum(tasks) / len(parts) + infosam_loss(teacher, student), student.model, infosam_loss)
+
+    parts = [processes.micro_batches(rank) for rank in range(2)]
+    return mean([gradients([part]) for part in parts]), gradients(parts)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("over_all", [False, True])
+def test_processes_accumulate_the_loss_of_a_whole_batch(found, steps_of_micro_batches, wrapper, over_all):
+    expected = steps_of_micro_batches[over_all]
+    check = f"{wrapper}_accumulating_exactly" + ("_over_the_global_batch" if over_all else "")
+    for of_rank in found:
+        assert_same_gradients(
+            {name: value for name, value in of_rank[check].items() if name in expected}, expected, rtol=1e-12
+        )
+        assert not any(value.any() for name, value in of_rank[check].items() if name not in expected)
+
+
+def test_buffers_are_exchanged_as_in_a_plain_loop(found):
+    for of_rank in found:
+        plain, exact = of_rank["running_statistics_while_accumulating_exactly"]
+        assert torch.equal(plain, exact)
+
+
 def all_parts(seed: int, dtype: torch.dtype = torch.float64, **settings: Any) -> SAMFeatures:
     """Return the samples that the processes have of a seed, together."""
     parts = [processes.part(rank, seed=seed, **settings) for rank in range(2)]

@@ -19,6 +19,11 @@ from renyi_kd.sam.inputs import CompareInputs
 # A change of these lines changes what users write: it belongs into CHANGELOG.md too.
 PUBLIC = """
 RBF(bandwidth='median')
+Accumulation(infosam_loss, teacher, student)
+Accumulation.clear(self)
+Accumulation.collect(self, batch, *, sample_weight=None)
+Accumulation.loss(self)
+Accumulation.replay(self)
 AdapterDisabled(student, *, disable=None)
 AdapterDisabled.observe(self, step)
 CachedTeacher(teacher, folder, *, sample_ids='sample_id', preprocessing='', encoder=None, dtype=torch.float16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,4 +38,23 @@ class LargestNewTensor(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.sizes.append(t.untyped_storage().nbytes())
+        return result
+
+
+class PeakBytes(TorchDispatchMode):
+    """Record the most bytes that storages held at once, of those that an operation allocated under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._living = {key: each for key, each in self._living.items() if not each[0].expired()}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in given:
+                self._living[key] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+        self.bytes = max(self.bytes, sum(size for _, size in self._living.values()))
         return result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from renyi_kd import InfoSAMLoss, SAMFeatures, infosam_terms, tap
+from renyi_kd import Accumulation, InfoSAMLoss, SAMFeatures, infosam_terms, tap
 from tests.support import gradients, in_training, relation_module, sam_features, to
 
 ROOT = Path(__file__).parent.parent.parent
@@ -214,6 +214,82 @@ def fsdp2_over_the_global_batch(rank: int) -> Any:
     return train(rank, fsdp2, global_batch=True)
 
 
+def micro_batches(rank: int) -> list[dict[str, Tensor]]:
+    """Return two micro-batches of a process in fp64, of different numbers of images."""
+    from tests.support.models import hf_batch
+
+    batches = [hf_batch(1, seed=rank), hf_batch(1 + rank, seed=2 + rank)]
+    return [{name: value.double() for name, value in batch.items()} for batch in batches]
+
+
+def accumulate(rank: int, wrap: Callable[[nn.Module], nn.Module], **settings: Any) -> dict[str, Tensor]:
+    """Return the gradients of a step of two micro-batches whose graphs are not in memory together."""
+    from tests.support.models import DIM, hf_sam
+
+    sam, infosam_loss = hf_sam(1).double(), InfoSAMLoss(DIM, **settings).double()
+    named = {0: sam, 1: infosam_loss}
+    model, infosam_loss = wrap(sam), wrap(infosam_loss)
+    teacher, student = (tap(each, call=run_multimask) for each in (hf_sam(0).double(), model))
+    accumulation = Accumulation(infosam_loss, teacher, student)
+    for batch in micro_batches(rank):
+        accumulation.collect(batch)
+    for number, batch in enumerate(accumulation.replay()):
+        with ExitStack() as stack:
+            if number == 0 and hasattr(model, "no_sync"):
+                stack.enter_context(model.no_sync())
+                stack.enter_context(infosam_loss.no_sync())
+            loss = student(batch)[0].square().mean() + accumulation.loss()
+            (loss / 2).backward()
+    parameters = {f"{number}.{name}": p for number, each in named.items() for name, p in each.named_parameters()}
+    return {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+
+
+def ddp_accumulating_exactly(rank: int) -> Any:
+    return accumulate(rank, ddp)
+
+
+def ddp_accumulating_exactly_over_the_global_batch(rank: int) -> Any:
+    return accumulate(rank, ddp, global_batch=True)
+
+
+def fsdp2_accumulating_exactly(rank: int) -> Any:
+    return accumulate(rank, fsdp2)
+
+
+def fsdp2_accumulating_exactly_over_the_global_batch(rank: int) -> Any:
+    return accumulate(rank, fsdp2, global_batch=True)
+
+
+def running_statistics_while_accumulating_exactly(rank: int) -> Any:
+    """Return those of a plain loop of DDP, and of one with a first pass that is longer in the second process."""
+    from tests.support.loops import MiniSam
+
+    found = []
+    for exact in (False, True):
+        torch.manual_seed(0)
+        sam, other = MiniSam(), MiniSam()
+        sam.image_encoder = nn.Sequential(sam.image_encoder, nn.BatchNorm2d(4))
+        model = ddp(sam)
+        infosam_loss = ddp(InfoSAMLoss(4))
+        accumulation = Accumulation(infosam_loss, tap(other), tap(model))
+        for step in range(3):
+            batches = [torch.randn(2, 3, 5, 5) + rank + step for _ in range(2 + rank)]
+            if exact:
+                for batch in batches:
+                    accumulation.collect(batch)
+            for number, batch in enumerate(accumulation.replay() if exact else batches):
+                with ExitStack() as stack:
+                    if number < len(batches) - 1:
+                        stack.enter_context(model.no_sync())
+                        stack.enter_context(infosam_loss.no_sync())
+                    loss = model(batch).square().mean()
+                    if exact:
+                        loss = loss + accumulation.loss()
+                    loss.backward()
+        found.append(sam.image_encoder[1].running_mean)
+    return found
+
+
 # Samples of each process by their image: a single one, and three of two images.
 PARTS = [[0], [1, 0, 1]]
 
@@ -406,6 +482,11 @@ CHECKS = (
     ddp_tapped_after,
     ddp_tapped_before,
     ddp_accumulating,
+    ddp_accumulating_exactly,
+    ddp_accumulating_exactly_over_the_global_batch,
+    fsdp2_accumulating_exactly,
+    fsdp2_accumulating_exactly_over_the_global_batch,
+    running_statistics_while_accumulating_exactly,
     ddp_with_an_own_relation_module,
     ddp_around_nothing_that_is_called,
     ddp_without_a_search_for_unused_parameters,
