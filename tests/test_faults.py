@@ -55,6 +55,7 @@ def test_others_are_told_who_is_lost(found, fault, says):
         ("shapes", r"maps: \[12, 2, 4\] in processes 0 and 2 and \[12, 2, 5\] in process 1"),
         ("dtypes", r"dtype of maps: torch.float32 in processes 0 and 2 and torch.bfloat16 in process 1"),
         ("weights", r"checksum of the relation module: (\w{16}) in processes 0 and 2 and (?!\1)\w{16} in process 1"),
+        ("weights changed in one process", r"checksum .* \w{16} in processes 0 and 2 and \w{16} in process 1; use"),
         ("training apart", r"after a step: ValueError: .*checksum of the relation module: \w{16} in process 0 and"),
         ("in part", "somebody: .* got x: 0 in process 0 and 2 in process 2"),
     ],

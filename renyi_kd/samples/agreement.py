@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed, nn
-from torch.distributed import distributed_c10d
 
 from renyi_kd.sam.memory import version
 from renyi_kd.samples.samples import Samples
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 # Of an exchange that failed: how long the late are waited for, before they are named with the lost; in seconds.
 _PATIENCE = 2.0
@@ -29,8 +31,8 @@ _COMPARED_WEIGHTS = 3
 # How many exchanges this process has begun in a group, and the last that came to its end.
 _begun: WeakKeyDictionary[distributed.ProcessGroup, int] = WeakKeyDictionary()
 _ended: WeakKeyDictionary[distributed.ProcessGroup, int] = WeakKeyDictionary()
-# Of a module whose weights were compared: how often, and their version then.
-_compared: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+# Of a module whose weights were compared: how often, their version then, and the number of their bits; None at the end.
+_compared: WeakKeyDictionary[nn.Module, tuple[int, int, str | None]] = WeakKeyDictionary()
 
 
 class Header(NamedTuple):
@@ -122,9 +124,10 @@ def meeting(function: str, *, group: distributed.ProcessGroup | None = None) -> 
     rank, store = distributed.get_rank(of_all), _store(of_all)
     number = _begun[of_all] = _begun.get(of_all, 0) + 1
     try:
-        store.set(f"renyi_kd/begun/{rank}", str(number))
-        if number == 1:
-            store.set(f"renyi_kd/failed/{rank}", "0")
+        if store is not None:
+            store.set(f"renyi_kd/begun/{rank}", str(number))
+            if number == 1:
+                store.set(f"renyi_kd/failed/{rank}", "0")
         yield
         _ended[of_all] = number
     except RuntimeError as error:
@@ -168,11 +171,12 @@ def _tell(said: str, device: torch.device, of_all: distributed.ProcessGroup, *, 
     begun, ended = _begun.get(of_all, 0), _ended.get(of_all, 0)
     # They fail by themselves where they cannot be told.
     with suppress(RuntimeError):
+        store = _store(of_all)
         if exchanges:
             with meeting("telling of it", group=of_all):
                 _all_gather(said, device, of_all)
-        elif begun == ended:
-            _store(of_all).set(f"renyi_kd/error/{distributed.get_rank(of_all)}", f"{begun} {said}")
+        elif begun == ended and store is not None:
+            store.set(f"renyi_kd/error/{distributed.get_rank(of_all)}", f"{begun} {said}")
 
 
 def _exchange(function: str, own: Header, device: torch.device, group: distributed.ProcessGroup | None) -> list[Header]:
@@ -211,19 +215,24 @@ def _all_gather(own: Header | str, device: torch.device, of_all: distributed.Pro
 
 
 def _weights_to_compare(relation: nn.Module) -> str | None:
-    """Return a number of all bits of the weights, and None where they were compared and are still the same."""
-    n_compared, before = _compared.get(relation, (0, -1))
-    if n_compared == _COMPARED_WEIGHTS:
+    """Return a number of all bits of the weights; None once they have changed often enough since the first step."""
+    n_compared, before, compared = _compared.get(relation, (0, -1, None))
+    if n_compared and compared is None:
         return None
     weights = list(relation.parameters())
     now = sum(map(version, weights))
     if now == before:
+        # Again, as they may have changed elsewhere.
+        return compared
+    if n_compared == _COMPARED_WEIGHTS:
+        _compared[relation] = n_compared, now, None
         return None
-    _compared[relation] = n_compared + 1, now
     # Odd factors, so that no single bit changes unseen; whole numbers, whose sum is the same in any order.
     bits = torch.cat([weight.detach().flatten().view(torch.int16) for weight in weights]).long()
     number = (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum().item()
-    return f"{int(number) % 2**64:016x}"
+    compared = f"{int(number) % 2**64:016x}"
+    _compared[relation] = n_compared + 1, now, compared
+    return compared
 
 
 def _missing(of_all: distributed.ProcessGroup, number: int) -> str:
@@ -231,6 +240,8 @@ def _missing(of_all: distributed.ProcessGroup, number: int) -> str:
     own = distributed.get_rank(of_all)
     others = [rank for rank in range(distributed.get_world_size(of_all)) if rank != own]
     store, until = _store(of_all), time.monotonic() + _PATIENCE
+    if store is None:
+        return "an error, without a store in which the processes could say who is missing"
     late, silent, errors = others, others, ""
     try:
         while True:
@@ -255,7 +266,7 @@ def _missing(of_all: distributed.ProcessGroup, number: int) -> str:
     return "an error in each of them"
 
 
-def _numbers(store: distributed_c10d.Store, what: str, ranks: Sequence[int]) -> list[int]:
+def _numbers(store: Store, what: str, ranks: Sequence[int]) -> list[int]:
     """Return the last exchange that each process has begun, or that failed for it."""
     keys = [f"renyi_kd/{what}/{rank}" for rank in ranks]
     if store.check(keys):
@@ -263,7 +274,7 @@ def _numbers(store: distributed_c10d.Store, what: str, ranks: Sequence[int]) -> 
     return [int(store.get(key)) if store.check([key]) else 0 for key in keys]
 
 
-def _error_of(store: distributed_c10d.Store, of_all: distributed.ProcessGroup, rank: int) -> str:
+def _error_of(store: Store, of_all: distributed.ProcessGroup, rank: int) -> str:
     """Return what a process raised, unless it has begun an exchange since."""
     key = f"renyi_kd/error/{rank}"
     if not store.check([key]):
@@ -286,6 +297,8 @@ def _group(group: distributed.ProcessGroup | None) -> distributed.ProcessGroup:
     return found
 
 
-def _store(group: distributed.ProcessGroup) -> distributed_c10d.Store:
+def _store(group: distributed.ProcessGroup) -> Store | None:
+    """Return the store of a group; MPI has none."""
     # By this name in every version from 2.7 on.
-    return distributed_c10d._get_process_group_store(group)
+    store: Store | None = distributed.distributed_c10d._get_process_group_store(group)
+    return store

@@ -243,6 +243,7 @@ def differences(rank: int) -> dict[str, str]:
         "weights": lambda: step(
             InfoSAMLoss(12, **of_all, generator=torch.Generator().manual_seed(int(rank == LOST))), rank
         ),
+        "weights changed in one process": lambda: change_weights(rank),
         "training apart": lambda: train_apart(rank),
         "refusal": lambda: step(InfoSAMLoss(12, check_finite=True, **of_all), rank, scale=(1, math.nan)[rank == LOST]),
         "refusal by type": lambda: (
@@ -276,6 +277,16 @@ def refuse_compiled(rank: int) -> None:
     infosam_loss = torch.compile(InfoSAMLoss(12, global_batch=True), backend="eager")
     if rank == LOST:
         infosam_loss("a model", None)
+    step(infosam_loss, rank)
+
+
+def change_weights(rank: int) -> None:
+    """Change one weight after a step, as where one process has read another checkpoint."""
+    infosam_loss = InfoSAMLoss(12, global_batch=True)
+    step(infosam_loss, rank)
+    if rank == LOST:
+        with torch.no_grad():
+            infosam_loss.relation.key_proj.bias[3] += 1e-6
     step(infosam_loss, rank)
 
 
