@@ -42,7 +42,7 @@ class Options:
 
     Attributes:
         out: folder of results/many_samples.csv, to which rows are appended, and of assets/many_samples.png.
-        samples: of all processes together.
+        samples: of all processes together; without any, and without other_features, it only draws.
         features: of each sample.
         processes: how many share the samples.
         other_features: of each sample, of 16,384 samples.
