@@ -42,7 +42,7 @@ class Options:
 
     Attributes:
         out: folder of results/many_samples.csv, to which rows are appended, and of assets/many_samples.png.
-        samples: of all processes together.
+        samples: of all processes together; without any, and without other_features, it only draws.
         features: of each sample.
         processes: how many share the samples.
         other_features: of each sample, of 16,384 samples.
@@ -148,7 +148,9 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
     d = np.geomspace(widths.min(), widths.max(), 100)
     pair.plot(d, fixed + of_feature * d, color="0.3", linewidth=1.2, label=f"{fixed:.1f} + {of_feature:.3f} d")
     finish(seconds, "samples n", f"CPU seconds of a process, d = {usual}", "lines: the model, (a + b d) n² / P")
-    finish(memory, "samples n", f"MiB of a process, d = {usual}", "memory above the features, and rows received")
+    finish(
+        memory, "samples n", f"MiB of a process, d = {usual}", "memory above own features, and rows received", base=2
+    )
     finish(
         pair,
         "features d of a sample",
