@@ -183,24 +183,26 @@ class CountedTraffic(TorchDispatchMode):
         self.messages += sum(n > 0 for n in sent)
 
 
-def join_by(exchange: Exchange) -> Join:
+def join_by(exchange: Exchange, relation: RelationModule) -> Join:
     """Return what adds the samples of all processes to those of one."""
 
     def join(samples: Samples) -> Samples:
-        return gather_samples(PROGRAM, samples, batch_gram if exchange == "channels" else None, least=2)
+        gram = batch_gram if exchange == "channels" else None
+        return gather_samples(PROGRAM, samples, {}, relation, gram, least=2)
 
     return join
 
 
-def step_of(options: Options, rank: int) -> Callable[[Join | None], Tensor]:
-    """Return a step of the loss of a process, forward and backward, with what it is joined by."""
+def step_of(options: Options, rank: int) -> Callable[[Exchange | None], Tensor]:
+    """Return a step of the loss of a process, forward and backward, by an exchange or, by None, of its own samples."""
     generator = torch.Generator().manual_seed(rank)
     shapes = (options.images, options.channels, options.side, options.side), (options.images, 1, options.channels)
     features = [torch.randn(shape, generator=generator) for shape in (*shapes, *shapes)]
     pair = Pair(*features[:2], *(value.requires_grad_() for value in features[2:]))
     relation = RelationModule(options.channels)
 
-    def step(join: Join | None) -> Tensor:
+    def step(exchange: Exchange | None) -> Tensor:
+        join = None if exchange is None else join_by(exchange, relation)
         loss = feature_terms(pair, relation.value(pair.student_tokens), Objective(), join=join).loss
         loss.backward()
         return loss.detach()
@@ -217,7 +219,7 @@ def process(rank: int, n_processes: int, options: Options, folder: str) -> None:
     losses = []
     for exchange in get_args(Exchange):
         with CountedTraffic(rank, n_processes) as counted:
-            losses.append(step(join_by(exchange)))
+            losses.append(step(exchange))
         found.append(
             {
                 "exchange": exchange,
@@ -234,7 +236,7 @@ def process(rank: int, n_processes: int, options: Options, folder: str) -> None:
         for kind in kinds:
             distributed.barrier()
             start = time.perf_counter()
-            step(None if kind is None else join_by(kind))
+            step(kind)
             least[kind] = min(least[kind], time.perf_counter() - start)
     for row in found:
         row["time_ratio"] = least[row["exchange"]] / least[None]
