@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("reproducible")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first: several workers are to end together.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: not {"slow", "long"} & {mark.name for mark in item.iter_markers()})
 
 
 @pytest.fixture(autouse=True)

@@ -230,7 +230,7 @@ def test_a_machine_without_triton_is_described(monkeypatch):
     assert measure.environment()["triton"] == ""
 
 
-def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
+def test_steps_fit_in_eight_minutes(tmp_path):
     steps = gpu.steps(tmp_path)
     assert sum(step.seconds + gpu._SECONDS_TO_END for step in steps) <= 480
     for step in steps:
@@ -238,6 +238,10 @@ def test_steps_fit_in_eight_minutes_and_name_what_exists(tmp_path):
             options = kernels.options_of(step.command[3:])
             assert options.device == "cuda"
             assert not options.batches or not options.samples
+
+
+@pytest.mark.long
+def test_the_tests_that_are_checked_for_faults_exist():
     selected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", gpu.TESTS]
     found = subprocess.run([*selected, "-k", gpu.CHECKED], capture_output=True, text=True, check=True).stdout
     assert all(f"::{name}[" in found for name in ("test_scores_in_every_layout", "test_teacher_pass_in_every_layout"))
@@ -408,7 +412,7 @@ def test_a_count_that_is_not_that_of_the_formula_is_not_written(tmp_path, monkey
     assert not list(tmp_path.glob("results/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_exchange_what_the_formula_says(tmp_path):
     processes.main(["--out", str(tmp_path), "--processes", "2", "--channels", "7", "--side", "4", "--trials", "1"])
     assert len(measure.read_rows(tmp_path / "results/processes.csv")) == 2

@@ -100,7 +100,7 @@ def test_shards_are_one_batch(found, number):
 
 
 @in_processes
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_more_shards_are_one_batch(tmp_path):
     cases = drawn_cases(3)
     found = shared_batch.found_by_processes(tmp_path, cases)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.run_example import SECONDS, run_in_fork
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples"
 README = (FOLDER / "README.md").read_text()
@@ -45,11 +47,21 @@ NEEDED = {
 NOTEBOOK = FOLDER / "walkthrough.ipynb"
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    """Return what a run of the launcher of examples printed."""
-    command = [sys.executable, *launcher, "-m", "tests.support.run_example", *arguments]
+def run(path: str, folder: Path) -> str:
+    """Return what an example printed in a process of its own."""
+    log = folder / "printed.txt"
+    ended = run_in_fork(ROOT / path, log)
+    assert ended == 0, log.read_text()
+    return log.read_text()
+
+
+def run_in_two_processes(path: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    command += ["-m", "tests.support.run_example", path]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -66,12 +78,12 @@ def numbers(name: str, printed: str) -> list[list[float]]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PRINTED]
 )
-def test_example_runs_and_prints(name):
+def test_example_runs_and_prints(name, tmp_path):
     module = NEEDED.get(name)
     if module and importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
-    two_processes = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    lines = numbers(name, run(f"examples/{name}.py", launcher=two_processes if name == "ddp" else ()))
+    path = f"examples/{name}.py"
+    lines = numbers(name, run_in_two_processes(path) if name == "ddp" else run(path, tmp_path))
     if name == "cached_teacher":
         assert [line[0] for line in lines] == [4, 0, 0]
     if name == "entropies":
@@ -83,8 +95,8 @@ def test_example_runs_and_prints(name):
 
 
 @pytest.mark.slow
-def test_notebook_runs():
-    printed = run("examples/walkthrough.ipynb")
+def test_notebook_runs(tmp_path):
+    printed = run("examples/walkthrough.ipynb", tmp_path)
     assert re.search(r"mean IoU .*with InfoSAM \d\.\d+", printed), printed
 
 

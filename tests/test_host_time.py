@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = list(measure.read_rows(ROOT / "benchmarks/results/host_time.csv").columns)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the stub is built by gcc")
 def test_a_step_costs_the_host_half_of_the_textbook(tmp_path):
     """With an operator for the loss and Triton's own launches it was over .8; at rest it is some .25."""

@@ -686,7 +686,7 @@ def test_lightning(tmp_path):
 # many steps, and every way out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_over_thousands_of_steps():
     models, infosam_loss = [MiniSam(), MiniSam()], InfoSAMLoss(4)
     teacher, student = (tap(model) for model in models)

@@ -146,8 +146,9 @@ def test_a_printed_loss_has_a_gradient_and_is_not_at_its_floor(namespace):
 def test_ci_runs_what_the_test_command_leaves_out():
     ci = (ROOT / ".ci/run").read_text()
     assert "$(python .ci/readme_command.py tests)" in ci
-    # The last of several -m counts, and -m '' leaves nothing out.
-    assert """PYTEST_ADDOPTS="-m '' --dist worksteal" bash -euo pipefail -c "$test_command"\n""" in ci
+    # The last of several -m counts, and this one leaves out what is long alone.
+    assert 'else chosen="not long"; fi\n' in ci
+    assert """PYTEST_ADDOPTS="-m '$chosen' --dist worksteal" bash -euo pipefail -c "$test_command"\n""" in ci
 
 
 def test_shell_blocks_are_the_two_commands():
@@ -156,7 +157,7 @@ def test_shell_blocks_are_the_two_commands():
     assert BASH["tests"].strip() == 'pip install -e ".[test]" -c constraints.txt && pytest -n auto'
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_command_runs(tmp_path):
     install, _, example = BASH["example"].strip().partition(" && ")
     assert install == 'pip install -e ".[examples]" -c constraints.txt'

@@ -706,7 +706,7 @@ def test_a_taken_capture_is_freed_with_the_loss():
         gc.enable()
 
 
-@pytest.mark.parametrize("make", [hf_sam, meta_sam], ids=["hf", "meta"])
+@pytest.mark.parametrize("make", [hf_sam, pytest.param(meta_sam, marks=pytest.mark.long)], ids=["hf", "meta"])
 def test_memory_does_not_grow_over_many_steps(make):
     call, batch = (meta_forward, meta_batch()) if make is meta_sam else (None, hf_batch())
     # The encoder runs but is frozen: what could pile up are captures, the decoder's graph and the loss.

@@ -507,7 +507,7 @@ def test_a_loop_may_do_anything_next():
     run_state_machine_as_test(AnyOrder, settings=settings)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:tap. 256 decoder calls are waiting")
 def test_a_long_loop_may_do_anything_next():
     settings = hypothesis.settings(max_examples=40, stateful_step_count=50)

@@ -334,12 +334,14 @@ def planted_spill() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--large", action="store_true", help="no more than the large tiles, of every target")
     parser.add_argument("--planted", action="store_true", help="a kernel that spills, in place of the package's")
     options = parser.parse_args()
     for device, name in enumerate(options.targets):
         target = TARGETS[name]
+        cases = LARGE if options.large and target.cases is ALL else target.cases
         with compiling(target.gpu, device) as rows:
-            for call in [planted_spill] if options.planted else calls(target.cases):
+            for call in [planted_spill] if options.planted else calls(cases):
                 call()
         for row in rows:
             print(json.dumps({"target": name, **row, "shared_limit": target.shared_bytes}, default=str))
