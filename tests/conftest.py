@@ -18,9 +18,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        from tests.support.interpreter import patch_once_a_launch
+        from tests.support.interpreter import make_types_when_needed, patch_once_a_launch
 
         patch_once_a_launch()
+        make_types_when_needed()
 
 from benchmarks.torchvision_compat import ensure_importable
 

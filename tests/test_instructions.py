@@ -20,7 +20,7 @@ ROWS = ROOT / "benchmarks/results/instructions.csv"
 SETTING = ["task", "dtype", "layout", "b"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_kernel_takes_more_instructions_than_its_committed_row(tmp_path):
     out = tmp_path / "instructions.csv"
     # In a process that does not interpret.

@@ -30,7 +30,7 @@ from tests.support.shadow import Watch, shadow  # noqa: E402
 FORMS = get_args(Distillation)
 # Samples, channels, height, width and tokens: around the edges of tiles, and where the number of samples changes them.
 SHAPES = [(1, 3, 5, 7, 1), (2, 3, 5, 7, 1), (3, 11, 7, 5, 1), (4, 100, 3, 5, 1), (5, 17, 5, 7, 3), (9, 20, 3, 5, 1)]
-SHAPES += [(17, 19, 3, 5, 1), (65, 5, 1, 3, 1)]
+SHAPES += [(17, 19, 3, 5, 1), pytest.param((65, 5, 1, 3, 1), marks=pytest.mark.long)]
 
 
 def watched_step(

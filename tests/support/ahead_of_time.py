@@ -339,7 +339,9 @@ def main() -> None:
     options = parser.parse_args()
     for device, name in enumerate(options.targets):
         target = TARGETS[name]
-        cases = LARGE if options.large and target.cases is ALL else target.cases
+        cases = target.cases
+        if options.large:
+            cases = LARGE if cases is ALL else LARGEST
         with compiling(target.gpu, device) as rows:
             for call in [planted_spill] if options.planted else calls(cases):
                 call()
