@@ -22,8 +22,8 @@ import renyi_kd.ops
 from renyi_kd.objective import Distillation
 
 ROOT = Path(__file__).parent.parent
-# The targets that one process compiles for: the one whose code is counted, the oldest and one of another maker, or all.
-FEW = ["sm_90", "sm_75", "gfx942"]
+# The targets that one process compiles for: the one whose code is counted and one of another maker, or all.
+FEW = ["sm_90", "gfx942"]
 GROUPS = [["sm_90"], ["sm_80", "sm_86", "sm_89"], ["sm_75", "sm_100", "sm_120"], ["gfx942", "gfx1100"]]
 # For these every kernel is compiled, for the others those that may not fit there.
 WHOLE = {"sm_80", "sm_90", "gfx942"}

@@ -987,10 +987,10 @@ def test_other_orders_run_where_they_can():
     ("form", "impl", "layout"),
     [
         ("mutual_information", "triton", torch.contiguous_format),
-        ("cauchy_schwarz", "triton", torch.contiguous_format),
-        ("debiased", "triton", torch.contiguous_format),
+        pytest.param("cauchy_schwarz", "triton", torch.contiguous_format, marks=pytest.mark.long),
+        pytest.param("debiased", "triton", torch.contiguous_format, marks=pytest.mark.long),
         ("jensen_renyi", "triton", torch.contiguous_format),
-        ("cauchy_schwarz", "reference", torch.contiguous_format),
+        pytest.param("cauchy_schwarz", "reference", torch.contiguous_format, marks=pytest.mark.long),
         ("mutual_information", "reference", torch.channels_last),
     ],
 )
