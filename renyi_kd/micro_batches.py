@@ -155,7 +155,9 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    whole = torch.cat(parts)
+    # Under autocast a CPU joins no numbers in float16.
+    with torch.autocast(parts[0].device.type, enabled=False):
+        whole = torch.cat(parts)
     # Not both in memory for longer than that.
     parts.clear()
     return whole

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import Accumulation, AdapterDisabled, InfoSAMLoss, SAMFeatures, tap
+from renyi_kd.micro_batches import MicroBatches
 from renyi_kd.sam.rehearsal import random_state
-from tests.support import module_gradients
+from tests.support import module_gradients, sam_features
 from tests.support.loops import MiniSam, Step, assert_same_gradients, run_hf, task_loss
 from tests.support.memory import PeakBytes
 from tests.support.models import DIM, hf_batch, hf_sam, with_lora
@@ -243,6 +244,20 @@ def test_in_autocast(dtype):
     assert setup.student.take().image_features.dtype == dtype
     expected = setup.plain(batches)
     assert_same_step(setup.exact(batches), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_of_any_dtype_are_joined_under_autocast(dtype):
+    """Under it a CPU joins no numbers in float16 by itself."""
+    parts = [sam_features(2, seed=seed, dim=4, size=(2, 2), dtype=dtype) for seed in range(2)]
+    micro_batches = MicroBatches(compares_values=False)
+    for part in parts:
+        micro_batches.add(part, part, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher = micro_batches.join().teacher
+    for whole, name in zip(teacher[:2], ("image_features", "mask_tokens"), strict=True):
+        assert whole.dtype == dtype
+        assert whole.equal(torch.cat([getattr(part, name) for part in parts]))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
