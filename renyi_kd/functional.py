@@ -198,8 +198,10 @@ def relation_terms(
     images = scope.images(function, teacher, student, least=least, check_finite=check_finite)
     pair = Pair(*teacher[:2], *student[:2], images, sample_weight)
     value = relation.value(student.mask_tokens, function=function)
-    gram = partial(batch_gram, impl=impl)
-    join = scope.join(function, settings or objective._asdict(), relation, gram, least=least)
+    join = None
+    if scope.joins:
+        gram = partial(batch_gram, impl=impl)
+        join = scope.join(function, settings or objective._asdict(), relation, gram, least=least)
     terms = feature_terms(pair, value, objective, join=join, impl=impl)
     return InfoSAMTerms(*terms[:3], Relations(terms.teacher_gram, terms.student_gram, objective.alpha))
 

@@ -263,7 +263,7 @@ class InfoSAMLoss(nn.Module):
             self.objective,
             self._scope,
             sample_weight,
-            self._settings(),
+            self._settings() if self._scope.joins else None,
             check_finite=self.check_finite,
             impl=self.impl,
         )

@@ -35,6 +35,11 @@ class Scope(NamedTuple):
         """Whether there are other processes to exchange samples with."""
         return self.global_batch and n_processes(self.group) > 1
 
+    @property
+    def joins(self) -> bool:
+        """Whether there are samples beside those of the batch."""
+        return self.spans_processes or self.bank is not None
+
     def images(
         self, function: str, teacher: SAMFeatures, student: SAMFeatures, *, least: int, check_finite: bool
     ) -> list[int] | None:
@@ -54,8 +59,8 @@ class Scope(NamedTuple):
         gram: Callable[[Tensor], Tensor],
         *,
         least: int,
-    ) -> Join | None:
-        """Return what adds the samples of other processes and then those of earlier steps; None for the batch alone.
+    ) -> Join:
+        """Return what adds the samples of other processes and then those of earlier steps.
 
         Args:
             function: whose messages there are.
@@ -66,8 +71,6 @@ class Scope(NamedTuple):
 
         """
         spans_processes, bank, group = self.spans_processes, self.bank, self.group
-        if not spans_processes and bank is None:
-            return None
 
         def join(samples: Samples) -> Samples:
             if spans_processes:

@@ -7,7 +7,6 @@ Every check is run once here, for starting the processes takes longer than all o
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,33 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from renyi_kd import Accumulation, InfoSAMLoss, SAMFeatures, infosam_terms, tap
 from tests.support import gradients, in_training, relation_module, sam_features, to
+from tests.support.started import run_processes
 
-ROOT = Path(__file__).parent.parent.parent
 N_PROCESSES = 2
 LEARNING_RATE = 0.01
 
 
 def run_checks(folder: Path) -> list[dict[str, Any]]:
     """Run all checks in two processes and return what each process saved."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-m", __name__, str(folder), str(rank)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(N_PROCESSES)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=120)
-            if process.returncode:
-                raise RuntimeError(said)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
+    return run_processes(__name__, folder, N_PROCESSES)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ Every check is run once here, for starting the processes takes longer than all o
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from renyi_kd.ops.gram_moment import reference, ring
 from tests.support import randn
 from tests.support.kernels import value_and_gradients
 from tests.support.memory import LargestNewTensor
+from tests.support.started import run_processes
 
-ROOT = Path(__file__).parent.parent.parent
 N_PROCESSES = 4
 # By number of processes; none but the last begins with process 0.
 MEMBERS = {2: [1, 3], 3: [1, 2, 3], 4: [0, 1, 2, 3]}
@@ -70,25 +69,7 @@ class Case(NamedTuple):
 def run_checks(folder: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Run all checks in four processes and return what each of them saved."""
     torch.save([tuple(case) for case in cases], folder / "cases.pt")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-m", __name__, str(folder), str(rank)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(N_PROCESSES)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=120)
-            if process.returncode:
-                raise RuntimeError(said)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
+    return run_processes(__name__, folder, N_PROCESSES)
 
 
 def main() -> None:
