@@ -205,8 +205,9 @@ class Grid:
         # Every form of a flipped and cropped image would be kept.
         folder = None if settings.augment else options.cache or options.out / "cache"
         cache = folder and folder / f"{settings.model}-{settings.weights}-{settings.image_size}" / settings.data
-        weights, before = self._weights_file(settings), None
+        weights, before = None, None
         if looks is None:
+            weights = self._weights_file(settings)
             before = self._before(settings, weights)
         return Run(
             settings,
