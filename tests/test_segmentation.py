@@ -399,9 +399,10 @@ def run_command(*words):
 def test_run_table_plan_and_run_again(tmp_path, capsys):
     out = tmp_path / "out"
     options = ("--data", NUCLEI, "--out", out, "--seeds", 1, *SMALL)
-    assert run_command("plan", *options) == 0
+    assert run_command("plan", *options, "--save-weights") == 0
     said = capsys.readouterr()
     assert "three steps are made" in said.err
+    assert not (out / "weights").exists()
     assert "nuclei, zero_shot" in said.out
     assert "3 runs\n" in said.out
     assert not list(out.glob("*.json"))
