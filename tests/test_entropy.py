@@ -379,6 +379,14 @@ def test_zero_eigenvalues_count_as_zero():
     assert gradient.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("gap", [1e-13, 1e-17])
+def test_what_counts_as_zero_depends_on_the_samples_and_not_on_the_batch(gap):
+    gram = torch.tensor([[1.0, 1.0 - 2 * gap], [1.0 - 2 * gap, 1.0]], dtype=torch.float64)
+    alone = renyi_entropy(gram, 0.1).item()
+    assert (alone > 0.01) == (gap > 1e-16)
+    assert renyi_entropy(gram.expand(1000, 2, 2), 0.1)[-1].item() == pytest.approx(alone, rel=1e-9, abs=1e-12)
+
+
 # Dtypes.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from renyi_kd import RBF, Polynomial, gram_matrix, renyi_entropy
+from renyi_kd import RBF, Linear, Polynomial, gram_matrix, renyi_entropy
 from renyi_kd.gram import unit_diagonal
 from tests.support import randn
 from tests.support.clusters import FAR, clusters, differences
@@ -246,6 +247,22 @@ def test_single_sample(kernel):
     assert torch.equal(gram, torch.ones(1, 1).double())
     (gradient,) = torch.autograd.grad(gram.sum(), x)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 1, 4)])
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "polynomial"])
+def test_batches_of_nothing_and_of_single_samples(kernel, shape):
+    assert gram_matrix(torch.randn(shape), kernel).equal(torch.ones(*shape[:-1], shape[-2]))
+
+
+def test_kernels_are_values():
+    for kernel, other in ((RBF(2.0), RBF(3.0)), (Polynomial(3), Polynomial(3, 2.0)), (Linear(), RBF())):
+        assert {kernel: 1}[dataclasses.replace(kernel)] == 1
+        assert kernel != other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RBF().bandwidth = -1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Polynomial().degree = 0
 
 
 def test_duplicates_are_alike_and_have_finite_gradients(kernel):

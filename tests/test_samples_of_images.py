@@ -109,6 +109,34 @@ def test_as_many_samples_as_a_multiple_of_the_images_say_nothing_of_whose_they_a
     assert placed.take().image_index.tolist() == [0, 0, 1, 1]
 
 
+def test_fewer_samples_than_images_are_refused():
+    student = tap(Towers(), image_features="image", mask_tokens="text")
+    student((torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randn(1, 5)))
+    with pytest.raises(RuntimeError, match="which samples belong to which image, got 1 samples for 2 images"):
+        student.take()
+
+
+@pytest.mark.parametrize("n_told", [2, 3])
+def test_flat_tokens_are_of_the_images_that_the_prompts_are_of(n_told):
+    from segment_anything.modeling import MaskDecoder
+
+    class Flat(MaskDecoder):
+        def forward(self, image_embeddings: Tensor, sparse_prompt_embeddings: Tensor) -> Tensor:
+            tokens = sparse_prompt_embeddings.flatten(0, 1).mean(1)
+            return sum(module(tokens).mean() for module in self.output_hypernetworks_mlps) * image_embeddings.mean()
+
+    model = meta_sam()
+    model.mask_decoder.__class__ = Flat
+    student = tap(model)
+    images = model.image_encoder(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    model.mask_decoder(images, sparse_prompt_embeddings=torch.randn(n_told, 6 // n_told, 4, DIM))
+    if n_told == 2:
+        assert student.take().image_index.tolist() == [0, 0, 0, 1, 1, 1]
+        return
+    with pytest.raises(RuntimeError, match="which samples belong to which image, got 6 samples for 2 images"):
+        student.take()
+
+
 def test_prompt_sets_of_unequal_number_over_several_calls():
     model, batch = hf_sam(), hf_batch(2, 3)
     student = tap(model)
@@ -148,6 +176,34 @@ def test_the_padding_of_processors_is_no_sample(make):
         SAMFeatures(maps[1].requires_grad_(), student_tokens, index),
     )
     torch.testing.assert_close(value, by_hand)
+
+
+def test_the_padding_of_a_single_image_is_no_sample():
+    batch = hf_batch(1, 3)
+    batch["input_boxes"][0, 1] = -10
+    student = tap(hf_sam())
+    student(batch)
+    assert student.take().mask_tokens.shape[0] == 2
+
+
+def test_what_is_filled_in_one_kind_of_prompt_alone_is_a_sample():
+    batch = hf_batch(2, 2)
+    points, labels = torch.full((2, 2, 1, 2), -10.0), torch.full((2, 2, 1), -10)
+    points[0], labels[0] = 5, 1
+    batch["input_boxes"][0, 1] = -10
+    batch["input_boxes"][1, 0] = -10
+    student = tap(hf_sam())
+    student({**batch, "input_points": points, "input_labels": labels})
+    # The first box of the second image alone is filled, and so are its points.
+    assert student.take().image_index.tolist() == [0, 0, 1]
+
+
+def test_a_prompt_alone_is_a_sample_whatever_it_holds():
+    batch = hf_batch(2, 1)
+    batch["input_boxes"][1, 0] = -10
+    student = tap(hf_sam())
+    student(batch)
+    assert student.take().mask_tokens.shape[0] == 2
 
 
 def test_points_that_fill_up_a_prompt_leave_it_a_sample():
