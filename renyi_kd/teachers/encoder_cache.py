@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from renyi_kd.sam.module_paths import plain
+from renyi_kd.teachers.checked_tensors import CheckedTensors, DamagedError, packed
+from renyi_kd.teachers.whole_files import remove_abandoned, write_whole
 
-_FORMAT = "renyi_kd encoder output 1"
+_FORMAT = "renyi_kd encoder output 2"
+_WITHOUT_CHECKSUM = "renyi_kd encoder output 1"
 # A thumbnail tells images, flips and crops apart, also where most of an image is empty.
 _THUMBNAIL = 16
 
@@ -49,6 +51,7 @@ class EncoderCache:
     Raises:
         TypeError: ``dtype`` is another.
         ModuleNotFoundError: safetensors is not installed.
+        OSError: the folder cannot be made.
 
     """
 
@@ -67,35 +70,59 @@ class EncoderCache:
         self.folder = folder
         self.preprocessing = preprocessing
         self.dtype = dtype
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"CachedTeacher: folder must be one that is there or can be made, got {error.strerror!r} for {folder}; "
+                "choose another, or look at its permissions",
+            ) from error
+        remove_abandoned(folder)
 
     def read(self, sample: str, weights: str, size: tuple[int, ...]) -> Entry | None:
         """Return the entry of a sample, or None if it has none.
 
         Raises:
             ValueError: the file is no encoder output, or one of another sample, encoder, preprocessing or size.
+            OSError: it cannot be read.
 
         Warns:
-            UserWarning: the file is damaged, and counts as absent.
+            UserWarning: the file is damaged, or of an earlier version, and counts as absent.
 
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(sample)
+        identity = self._identity(sample, weights, size)
         try:
-            with safe_open(path, "pt") as file:
-                found = file.metadata() or {}
-                self._check(path, found, self._identity(sample, weights, size))
-                leaves = [file.get_tensor(str(number)) for number in range(len(file.keys()) - 1)]
-                return Entry(leaves, treespec_loads(found["structure"]), file.get_tensor("probe"))
+            file = CheckedTensors(path)
+            if file.metadata.get("format") == _WITHOUT_CHECKSUM:
+                self._check(path, file.metadata, {**identity, "format": _WITHOUT_CHECKSUM})
+                warnings.warn(
+                    f"CachedTeacher: {path} must have a checksum, got a file of an earlier version, without; it is "
+                    "written again",
+                    stacklevel=2,
+                )
+                return None
+            # First whether it is a file of this cache, then whether it is whole, and then whose it is.
+            self._check(path, file.metadata, {"format": _FORMAT})
+            tensors = file.tensors()
         except FileNotFoundError:
             return None
-        except SafetensorError as error:
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"CachedTeacher: {path} must be a file that can be read, got {error.strerror!r}; delete it, or look at "
+                "its permissions",
+            ) from error
+        except DamagedError as error:
             warnings.warn(
                 f"CachedTeacher: {path} must be a whole file, got a damaged one ({error}); it is written again",
                 stacklevel=2,
             )
             return None
+        self._check(path, file.metadata, identity)
+        leaves = [tensors[str(number)] for number in range(len(tensors) - 1)]
+        return Entry(leaves, treespec_loads(file.metadata["structure"]), tensors["probe"])
 
     def entry(self, sample: str, leaves: list[Tensor], structure: TreeSpec, probe: Tensor) -> Entry:
         """Return the entry of a sample as it will be read.
@@ -107,23 +134,28 @@ class EncoderCache:
         return Entry([self._rounded(sample, leaf) for leaf in leaves], structure, probe)
 
     def write(self, sample: str, weights: str, size: tuple[int, ...], entry: Entry) -> None:
-        """Write the entry of a sample in place of what was there."""
-        from safetensors.torch import save_file
+        """Write the entry of a sample in place of what was there.
 
+        Raises:
+            OSError: the folder does not take it; what was there stays.
+
+        """
         kept = {str(number): leaf for number, leaf in enumerate(entry.leaves)}
         metadata = {**self._identity(sample, weights, size), "structure": treespec_dumps(entry.structure)}
-        path = self._path(sample)
-        # A name of its own: other processes may be writing the same image.
-        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+        path, parts = self._path(sample), packed({**kept, "probe": entry.probe.contiguous()}, metadata)
         try:
-            save_file({**kept, "probe": entry.probe.contiguous()}, temporary, metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_whole(path, parts)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"CachedTeacher: {path} must be a file that can be written, got {error.strerror!r} for "
+                f"{sum(map(len, parts))} bytes; make room, allow writing there or choose another folder. What is "
+                "cached already stays",
+            ) from error
 
     def _path(self, sample: str) -> Path:
-        # Readable, and unlike for ids that differ in what a file name cannot hold.
-        readable = re.sub(r"[^\w.-]", "_", sample)[:64]
+        # Readable, and unlike for ids that differ in what a file name cannot hold. Its bytes are what is limited.
+        readable = re.sub(r"[^\w.-]", "_", sample)[:64].encode()[:192].decode(errors="ignore")
         return self.folder / f"{readable}-{hashlib.blake2b(sample.encode(), digest_size=6).hexdigest()}.safetensors"
 
     def _identity(self, sample: str, weights: str, size: tuple[int, ...]) -> dict[str, str]:
