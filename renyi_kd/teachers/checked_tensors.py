@@ -62,6 +62,10 @@ class CheckedTensors:
         try:
             self._header: dict[str, Any] = json.loads(self._data[_LENGTH : self._start])
             self.metadata: dict[str, str] = {**self._header.get("__metadata__", {})}
+            layouts = [layout.keys() for name, layout in self._header.items() if name != "__metadata__"]
+            # Otherwise a flipped bit in "__metadata__" would make this a file of another program.
+            if any(keys != {"dtype", "shape", "data_offsets"} for keys in layouts):
+                raise ValueError
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise DamagedError("its header cannot be read") from None
 
