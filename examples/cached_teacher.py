@@ -1,6 +1,5 @@
 """A cached teacher: its image encoder runs once per image, and its features come from disk afterwards.
 
-pip install safetensors
 python examples/cached_teacher.py
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
 import warnings
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from renyi_kd.sam.module_paths import plain
-from renyi_kd.teachers.checked_tensors import CheckedTensors, DamagedError, packed
+from renyi_kd.teachers.checked_tensors import DTYPES, CheckedTensors, DamagedError, memory, packed
 from renyi_kd.teachers.whole_files import remove_abandoned, write_whole
 
 _FORMAT = "renyi_kd encoder output 2"
@@ -50,7 +49,6 @@ class EncoderCache:
 
     Raises:
         TypeError: ``dtype`` is another.
-        ModuleNotFoundError: safetensors is not installed.
         OSError: the folder cannot be made.
 
     """
@@ -61,12 +59,6 @@ class EncoderCache:
                 f"CachedTeacher: dtype must be torch.float16 or torch.bfloat16, got {dtype}; "
                 "fp16 has the more digits, bf16 the larger range"
             )
-        try:
-            import safetensors  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "CachedTeacher: safetensors must be installed, got none; pip install 'renyi-kd[cache]'"
-            ) from error
         self.folder = folder
         self.preprocessing = preprocessing
         self.dtype = dtype
@@ -129,6 +121,7 @@ class EncoderCache:
 
         Raises:
             ValueError: a value does not fit into the dtype of the cache.
+            TypeError: a tensor is complex.
 
         """
         return Entry([self._rounded(sample, leaf) for leaf in leaves], structure, probe)
@@ -179,6 +172,11 @@ class EncoderCache:
     def _rounded(self, sample: str, leaf: Tensor) -> Tensor:
         # A copy in any case: a row would keep its whole batch, and files take no tensors that share memory.
         if not leaf.is_floating_point():
+            if leaf.dtype not in DTYPES.values():
+                raise TypeError(
+                    f"CachedTeacher: the encoder's output must hold floats, integers or booleans, got {leaf.dtype}; "
+                    "name a module that returns such tensors: encoder='path'"
+                )
             return leaf.to("cpu", copy=True).contiguous()
         rounded = leaf.to("cpu", self.dtype, copy=True).contiguous()
         if not rounded.isfinite().all():
@@ -237,8 +235,7 @@ def fingerprint(module: nn.Module, adapters: str = "") -> str:
                 "use the tap itself as teacher"
             )
         digest.update(f"{plain(name)} {tuple(whole.shape)} {whole.dtype}".encode())
-        on_cpu = whole.detach().cpu().contiguous()
-        digest.update((ctypes.c_char * on_cpu.nbytes).from_address(on_cpu.data_ptr()) if on_cpu.nbytes else b"")
+        digest.update(memory(whole.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 

@@ -10,6 +10,10 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from renyi_kd.teachers.checked_tensors import Memory
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 # Where locks are of no use: no file takes so many seconds to write.
@@ -17,7 +21,7 @@ _ABANDONED_AFTER = 3600
 _ATTEMPTS = 10
 
 
-def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def write_whole(path: Path, parts: Sequence[Memory]) -> None:
     """Put a file in place of what was there; a link is replaced, not followed.
 
     Meanwhile its parts lie under a name of their own, beside it, with a lock that ends with the process. There is no
