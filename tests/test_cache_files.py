@@ -64,7 +64,7 @@ def read(cache: EncoderCache, sample: str = "a") -> tuple[Entry | None, list[str
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, list[int]]:
-    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
+    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def same(a: Entry, b: Entry) -> bool:

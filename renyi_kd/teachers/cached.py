@@ -53,7 +53,7 @@ class CachedTeacher:
 
     Cost: 2 bytes per number of all that the encoder returns. At 1024 pixels that is 2 MiB for an image of a SAM 1, 26
     for SAM-HQ, and 86 for a SAM 2, whose encoder returns more levels and their position encodings. A read and a copy to
-    the device of that, and the decoder, per step. Its checksum takes about one second per GiB on a core of a CPU. A start
+    the device of that, and the decoder, per step. Its checksum takes about one second per GiB on one core. A start
     lists the folder. One image that is not cached yet runs the encoder on its whole batch.
 
     """
