@@ -29,6 +29,7 @@ from renyi_kd.samples.scope import Scope
 from renyi_kd.share_control import ShareControl
 from renyi_kd.teachers.model_pair import ModelPair
 from renyi_kd.teachers.teacher import Teacher
+from renyi_kd.whole_state import LoadsWhole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +39,7 @@ Token = Literal["first", "all"] | int
 ALIKE = 0.9999
 
 
-class InfoSAMLoss(nn.Module):
+class InfoSAMLoss(LoadsWhole):
     """The InfoSAM loss as a module: ``loss += infosam_loss(teacher, student, batch)``.
 
     It owns the relation module, whose parameters belong in the optimiser beside the student's:

@@ -13,12 +13,13 @@ from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.relation_directions import Relation, RelationWeights, relation_directions
 from renyi_kd.ops.relation_scores import relation_scores
 from renyi_kd.sam.features import SAMFeatures, check_features, image_of_samples
+from renyi_kd.whole_state import LoadsWhole
 
 # Unlike those that programs begin with, whose first layers would be drawn alike; the paper's number on arXiv.
 _SEED = 2505_21920
 
 
-class RelationModule(nn.Module):
+class RelationModule(LoadsWhole):
     r"""Relation of mask tokens and image features, as InfoSAM defines it.
 
     With ``m = LN(z_m)``, ``Q = W_Q m + b_Q`` and ``K = W_K LN(z_i) + b_K`` the score of a pixel for a token is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, distributed, nn
 from renyi_kd.gradient_share import GradientMeasurement
 from renyi_kd.samples.agreement import agree, meeting
 from renyi_kd.samples.processes import n_processes
+from renyi_kd.whole_state import listed_errors
 
 # Of the step before which nothing was measured: next to no effect, and enough to be measured in every dtype.
 FIRST_WEIGHT = 2.0**-10
@@ -132,8 +134,36 @@ class ShareControl(nn.Module):
         return self._squares
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on where another run was."""
-        self._squares, self._waiting = state.clone(), []
+        """Go on where another run was.
+
+        Raises:
+            ValueError: it is not what another run has measured.
+
+        """
+        if not isinstance(state, Tensor) or state.shape != (2, 2) or state.is_complex() or not _has_numbers(state):
+            got = f"a tensor of {state.dtype}, shape {list(state.shape)}" if isinstance(state, Tensor) else repr(state)
+            raise ValueError(
+                "InfoSAMLoss: the state of gradient_share must be the 2 x 2 squares of gradients of a step, got "
+                f"{got}; load what was saved"
+            )
+        self._squares, self._waiting = state.detach().clone(), []
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        with listed_errors(args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        # With assign=True they are those of the state dict, in whatever dtype that has.
+        for name, value in list(self._buffers.items()):
+            assert value is not None
+            setattr(self, name, value.detach().to(torch.promote_types(value.dtype, torch.float32)))
+        if any(value.is_meta for value in self.buffers()):
+            return
+        mean, n_steps, weight = self.mean.item(), self.n_steps.item(), self.weight.item()
+        # From any other no step would come back, as the weight follows that of the step before.
+        if not (0 <= mean < math.inf and 0 <= n_steps < math.inf and 0 < weight < math.inf):
+            args[-1].append(
+                "InfoSAMLoss: the state of gradient_share must be a positive weight after some steps, got weight "
+                f"{weight}, mean {mean} and n_steps {n_steps}; load what was saved, in single precision"
+            )
 
     def _check_task(self, squares: Tensor) -> None:
         own, task = torch.stack([squares[:, 0].amax(), _task_of(squares)]).tolist()
@@ -153,6 +183,10 @@ class ShareControl(nn.Module):
         # A copy begins with what was measured, not with graphs that are under way.
         self.collect()
         return {**self.__dict__, "_waiting": []}
+
+
+def _has_numbers(value: Tensor) -> bool:
+    return value.layout == torch.strided and value.device.type != "meta"
 
 
 def _task_of(squares: Tensor) -> Tensor:

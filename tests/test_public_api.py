@@ -49,6 +49,7 @@ InfoSAMLoss.global_batch
 InfoSAMLoss.gradient_share
 InfoSAMLoss.lambda_d
 InfoSAMLoss.lambda_r
+InfoSAMLoss.load_state_dict(self, state_dict, strict=True, assign=False)
 InfoSAMLoss.objective = ...
 InfoSAMLoss.process_group
 InfoSAMLoss.scalars(self)
@@ -64,6 +65,7 @@ RelationDiagnostics(teacher_entropy, student_entropy, mutual_information, teache
     student_similarity, image_features_share=None, mask_tokens_share=None)
 RelationModule(dim=256, *, generator=None)
 RelationModule.forward(self, image_features, mask_tokens, image_index=None)
+RelationModule.load_state_dict(self, state_dict, strict=True, assign=False)
 RelationModule.scores(self, image_features, mask_tokens, images=None, *, impl='auto')
 RelationModule.value(self, mask_tokens, *, function='RelationModule')
 SAMFeatures(image_features, mask_tokens, image_index=None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd.samples.samples import Samples, images_of_parts
+from renyi_kd.whole_state import listed_errors
 
 
 class SampleBank(nn.Module):
@@ -70,18 +71,60 @@ class SampleBank(nn.Module):
         return () if self._past is None else tuple(self._past)
 
     def set_extra_state(self, state: Sequence[Any]) -> None:
-        """Keep the samples of another bank; of a larger one its last ones, and of a smaller one all."""
+        """Keep the samples of another bank; of a larger one its last ones, and of a smaller one all.
+
+        Raises:
+            ValueError: it is not the state of a bank.
+
+        """
+        fault = _fault(state)
+        if fault is not None:
+            raise ValueError(
+                f"InfoSAMLoss: the state of the bank must be that of another's samples, got {fault}; load what was "
+                "saved, or leave it out, for a bank that begins empty"
+            )
         self._past = _kept(Samples(*state), self.size) if state else None
         self._loaded = True
 
     # Strict loading takes a checkpoint from before there was a bank, after which nothing is kept.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", ())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with listed_errors(args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return the size for ``repr``."""
         return f"size={self.size}"
+
+
+def _fault(state: Any) -> str | None:
+    """Return what a value has that the state of a bank has not, if anything."""
+    if not isinstance(state, tuple | list):
+        return f"one of type {type(state).__name__}"
+    if not state:
+        return None
+    if len(state) != len(Samples._fields):
+        return f"{len(state)} values in place of {len(Samples._fields)}"
+    maps, images, tokens, *scores = state[:5]
+    if any(value is not none for value, none in zip(state[5:], (None, False, None), strict=True)):
+        return "what no bank keeps of samples"
+    for name, value, n_dims in zip(Samples._fields, (maps, None, tokens, *scores), (4, 0, 3, 3, 3), strict=False):
+        if n_dims and not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
+            return f"{name} that are no dense tensor of floating point"
+        if n_dims and value.ndim != n_dims:
+            return f"{name} of shape {list(value.shape)}"
+    shapes = [list(value.shape) for value in (maps, tokens, *scores)]
+    n_images, dim, height, width = shapes[0]
+    n_samples, n_tokens, token_dim = shapes[1]
+    expected = [n_samples, n_tokens, height * width]
+    if token_dim != dim or shapes[2] != expected or shapes[3] != expected:
+        return f"maps, tokens and scores of the shapes {', '.join(map(str, shapes))}"
+    if images is None:
+        return None if n_images == n_samples else f"{n_images} maps of {n_samples} samples"
+    known = isinstance(images, tuple | list) and all(type(each) is int and 0 <= each < n_images for each in images)
+    return (
+        None if known and len(images) == n_samples else f"images {images!r} of {n_samples} samples and {n_images} maps"
+    )
 
 
 def _moved(samples: Samples, device: torch.device) -> Samples:
@@ -125,10 +168,10 @@ def _kept(samples: Samples, n: int) -> Samples:
     images = samples.images
     # Copies, as the buffers of a teacher may be written again, and a part would keep all that was joined.
     if images is None:
-        maps = samples.image_features[:n].clone()
+        maps = samples.image_features[:n].detach().clone()
     else:
         needed = sorted(set(images[:n]))
-        maps = samples.image_features[needed]
+        maps = samples.image_features[needed].detach()
         images = [needed.index(image) for image in images[:n]]
     scores = samples.teacher_scores, samples.student_scores
     tokens, teacher, student = (value[:n].detach().clone() for value in (samples.mask_tokens, *scores))
