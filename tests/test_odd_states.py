@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import starmap
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -299,11 +300,15 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "infinite": lambda x: x * torch.inf,
     "none": lambda x: None,
     "a list": Tensor.tolist,
-    "an array": lambda x: x.numpy(),
+    "an array": lambda x: np.zeros(tuple(x.shape)),
     "a name": lambda x: "x",
     "huge": lambda x: 2**100,
 }
 VALUES = st.none() | st.integers() | st.text(max_size=3) | st.sampled_from([torch.zeros(2), torch.ones(2, 2), b"\x00"])
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 @st.composite
@@ -319,12 +324,12 @@ def states(draw: st.DrawFn) -> dict[str, Any]:
         elif what == "swap":
             other = draw(st.sampled_from(sorted(state)))
             state[name], state[other] = state[other], state[name]
-        elif isinstance(state[name], Tensor):
+        elif is_plain(state[name]):
             state[name] = TENSORS[draw(st.sampled_from(sorted(TENSORS)))](state[name])
         elif isinstance(state[name], tuple) and draw(st.booleans()):
             fields = list(state[name])
             number = draw(st.integers(0, len(fields) - 1)) if fields else 0
-            if fields and isinstance(fields[number], Tensor):
+            if fields and is_plain(fields[number]):
                 fields[number] = TENSORS[draw(st.sampled_from(sorted(TENSORS)))](fields[number])
             elif fields:
                 fields[number] = draw(VALUES | st.lists(st.integers(-1, 5), min_size=3, max_size=5))
@@ -356,6 +361,6 @@ def test_any_change_of_a_state_dict(state, strict, assign):
 
 @pytest.mark.long
 @given(states(), st.booleans(), st.booleans())
-@settings(max_examples=3000)
+@settings(max_examples=2000)
 def test_any_change_of_a_state_dict_in_thousands(state, strict, assign):
     law(state, strict, assign)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 # Those of which models hold hundreds, and which are no subclass that hides its memory.
 _PLAIN = (Tensor, nn.Parameter)
+# A container may hold itself.
+_DEPTH = 8
 
 
 class Snapshot(NamedTuple):
     """A value as it was: containers copied, tensors kept with their versions.
 
     Attributes:
-        value: what was given, with mappings, lists, tuples and dataclasses of its own.
+        value: what was given, with mappings, lists, tuples and dataclasses of its own, as far as they can be copied
+            and to the depth that tensors are looked for.
         versions: its tensors, and how often each had been written to.
 
     """
@@ -48,17 +52,22 @@ def storage_of(value: Any) -> int | None:
     """Return the address of the memory that a tensor or an array is a part of; None where there is none."""
     if type(value) in _PLAIN and value.layout is torch.strided:
         return value.untyped_storage().data_ptr() or None
-    interface = getattr(value, "__array_interface__", None)
-    if interface is not None and not isinstance(value, Tensor):
-        base = value
-        while getattr(base.base, "__array_interface__", None) is not None:
-            base = base.base
-        return base.__array_interface__["data"][0] or None
+    if not isinstance(value, Tensor) and (address := _address_of_array(value)) is not None:
+        while (base := getattr(value, "base", None)) is not None and (whole := _address_of_array(base)) is not None:
+            value, address = base, whole
+        return address or None
     # A shard of FSDP holds its memory in a tensor of its own.
     tensor = getattr(value, "_local_tensor", value)
     if not isinstance(tensor, Tensor) or is_fake(tensor) or tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage().data_ptr() or None
+
+
+def _address_of_array(value: Any) -> int | None:
+    # Of a class the name is there too, and stands for a descriptor.
+    interface = getattr(value, "__array_interface__", None)
+    data = interface.get("data") if isinstance(interface, dict) else None
+    return data[0] if isinstance(data, tuple) else None
 
 
 def memory_of(value: Any) -> StorageWeakRef | None:
@@ -74,7 +83,7 @@ def is_fake(value: Any) -> bool:
     return hasattr(value, "fake_mode")
 
 
-def leaves(value: Any, depth: int = 8) -> Iterator[Any]:
+def leaves(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     """Yield what a nested value holds: the contents of mappings, lists, tuples, and of objects with attributes."""
     if isinstance(value, Tensor) or depth == 0:
         yield value
@@ -86,7 +95,7 @@ def leaves(value: Any, depth: int = 8) -> Iterator[Any]:
             yield from leaves(item, depth - 1)
     elif _has_fields(value):
         # An object may know half of the program.
-        for item in vars(value).values():
+        for item in _fields(value).values():
             yield from leaves(item, min(depth - 1, 2))
     else:
         yield value
@@ -108,27 +117,55 @@ def differ(a: Any, b: Any) -> bool:
     return isinstance(a, int | float | str) and isinstance(b, int | float | str) and a != b
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, depth: int = _DEPTH) -> Any:
+    if depth == 0 or isinstance(value, Tensor | str):
+        return value
+    try:
+        return _copy_of_container(value, depth)
+    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
+        # One that is read-only, or takes other arguments than its contents; it stands as it is.
+        return value
+
+
+def _copy_of_container(value: Any, depth: int) -> Any:
     if isinstance(value, Mapping):
-        items = {name: _copied(item) for name, item in value.items()}
+        given = {name: value[name] for name in value}
+        items = {name: _copied(item, depth - 1) for name, item in given.items()}
         if type(value) is dict:
             return items
+        if type(value) is MappingProxyType:
+            return MappingProxyType(items)
         twin: Any = copy.copy(value)
         for name, item in items.items():
-            if item is not value[name]:
+            if item is not given[name]:
                 twin[name] = item
         return twin
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_copied, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        # Whatever its class makes of arguments.
+        return value._make(_copied(item, depth - 1) for item in value)
     if type(value) in (tuple, list):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(item, depth - 1) for item in value)
+    if isinstance(value, list):
+        twin = copy.copy(value)
+        twin[:] = [_copied(item, depth - 1) for item in value]
+        return twin
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin = copy.copy(value)
-        for name, item in vars(value).items():
-            object.__setattr__(twin, name, _copied(item))
+        for name, item in _fields(value).items():
+            object.__setattr__(twin, name, _copied(item, depth - 1))
         return twin
     return value
 
 
 def _has_fields(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, type | nn.Module)
+    known = hasattr(value, "__dict__") or dataclasses.is_dataclass(value)
+    return known and not callable(value) and not isinstance(value, type | nn.Module | ModuleType)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the attributes that an object holds; a dataclass may hold them in slots."""
+    own: dict[str, Any] = getattr(value, "__dict__", {})
+    if not dataclasses.is_dataclass(value):
+        return own
+    names = (each.name for each in dataclasses.fields(value))
+    return {**{name: getattr(value, name) for name in names if hasattr(value, name)}, **own}

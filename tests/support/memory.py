@@ -17,7 +17,9 @@ def living() -> tuple[int, int]:
     """
     gc.collect()
     things = gc.get_objects()
-    return len(things), sum(thing.nbytes for thing in things if type(thing) in (Tensor, nn.Parameter))
+    return len(things), sum(
+        thing.nbytes for thing in things if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided
+    )
 
 
 class LargestNewTensor(TorchDispatchMode):
