@@ -14,7 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from renyi_kd.fp64 import in_fp64, out_of_fp64
+from renyi_kd.fp64 import in_fp64, no_numbers, out_of_fp64
+from renyi_kd.magnitude import near_one
+
+# Whole numbers above it are none of a tensor.
+_LARGEST = 2**62
 
 
 def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
@@ -145,9 +149,10 @@ def mutual_information(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
 
 def _entropy(*grams: Tensor, alpha: float) -> Tensor:
     device, dtype = grams[0].device, torch.promote_types(grams[0].dtype, torch.float32)
-    product = in_fp64(grams[0])
+    # Products of huge or tiny ones would leave the range of fp64.
+    product = near_one(in_fp64(grams[0]), (-2, -1))
     for gram in grams[1:]:
-        product, dtype = product * in_fp64(gram), torch.promote_types(dtype, gram.dtype)
+        product, dtype = product * near_one(in_fp64(gram), (-2, -1)), torch.promote_types(dtype, gram.dtype)
     normalised = product / product.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return out_of_fp64(entropy_of_trace_one(normalised, alpha), device, dtype)
 
@@ -186,9 +191,9 @@ def _spectral_entropy(normalised: Tensor, alpha: float) -> Tensor:
 
 def check_alpha(function: str, alpha: float) -> None:
     """Raise unless ``alpha`` is an order of entropy; ``function`` begins the message."""
-    if not isinstance(alpha, float | int) or not alpha > 0:
+    if not isinstance(alpha, float | int) or not alpha > 0 or (isinstance(alpha, int) and alpha > _LARGEST):
         raise ValueError(
-            f"{function}: alpha must be a number above 0, got {alpha!r}; 2 is the order with a closed form"
+            f"{function}: alpha must be a number above 0, got {alpha!r:.50}; 2 is the order with a closed form"
         )
 
 
@@ -205,8 +210,8 @@ def _check(function: str, grams: Mapping[str, Tensor], alpha: float) -> None:
 
 
 def _check_gram(function: str, name: str, gram: Tensor) -> None:
-    if not isinstance(gram, Tensor) or not gram.is_floating_point():
-        fact = gram.dtype if isinstance(gram, Tensor) else type(gram).__name__
+    fact = no_numbers(gram)
+    if fact is not None:
         raise TypeError(f"{function}: {name} must be a floating-point tensor, got {fact}; convert it with .float()")
     if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, distributed
 
-from renyi_kd.fp64 import fp64_device, out_of_fp64
-from renyi_kd.gram import RBF, KernelName, KnownKernel, known_kernel
+from renyi_kd.fp64 import fp64_device, no_numbers, out_of_fp64
+from renyi_kd.gram import RBF, KernelName, KnownKernel, Linear, known_kernel
+from renyi_kd.magnitude import near_one
 from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.gram_moment import gram_moment
 from renyi_kd.ops.gram_moment.shards import Header, Shards, agreed_shards
@@ -130,6 +132,8 @@ def _entropies(
         eager = torch.compiler.disable(_entropies)  # type: ignore[no-untyped-call]
         return cast(list[Tensor], eager(function, features, parts, kernel, impl, group))
     kernels, shards = _checked(function, features, kernel, impl, group)
+    # Of the linear kernel only the directions of samples remain, however long these are.
+    features = [near_one(x, -1) if isinstance(one, Linear) else x for x, one in zip(features, kernels, strict=True)]
     return [_entropy(features[part], kernels[part], impl, shards) for part in parts]
 
 
@@ -217,8 +221,8 @@ def _check(function: str, features: Sequence[Tensor], least: int) -> None:
             f"{function}: features must hold at least one variable, got none; pass one tensor per variable"
         )
     for index, x in enumerate(features):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            fact = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        fact = no_numbers(x)
+        if fact is not None:
             raise TypeError(
                 f"{function}: features[{index}] must be a floating-point tensor, got {fact}; convert with .float()"
             )
@@ -247,5 +251,10 @@ def median_distance(x: Tensor, shards: Shards | None = None) -> float:
     some = some.to(torch.promote_types(x.dtype, torch.float32)).to(fp64_device(x.device))
     distances = torch.pdist(some)
     median = distances.median().item() if len(distances) else 1.0
+    if not 1e-15 < median < 1e15:
+        # Squares may have left the range of the dtype.
+        largest = some.abs().amax().item() if some.numel() else 0.0
+        some = some.double() / largest
+        median = torch.pdist(some).median().item() * largest if 0 < largest < math.inf else 0.0
     # Of features that are not finite the entropy is NaN whatever the bandwidth.
     return median if median > 0 else 1.0

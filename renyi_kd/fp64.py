@@ -25,3 +25,15 @@ def in_fp64(x: Tensor) -> Tensor:
 def out_of_fp64(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a result of :func:`in_fp64` on ``device`` again, in a ``dtype`` that the device has; differentiable."""
     return x.to(dtype).to(device)
+
+
+def no_numbers(x: object) -> str | None:
+    """Return what a value is that is no dense tensor of floating point, as an error says it; None if it is one.
+
+    Of the dtypes of one byte there is no arithmetic.
+    """
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        return str(x.dtype)
+    return None if x.layout == torch.strided and not x.is_nested else f"one in {x.layout}, which .to_dense() changes"

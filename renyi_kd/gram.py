@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from renyi_kd.fp64 import in_fp64, out_of_fp64
+from renyi_kd.fp64 import in_fp64, no_numbers, out_of_fp64
+from renyi_kd.magnitude import near_one
 
 KernelName = Literal["linear", "rbf", "polynomial"]
 
@@ -34,8 +35,9 @@ class RBF:
     Take ``impl="reference"`` for R above a hundred.
 
     Args:
-        bandwidth: in the unit of the features, above 0. ``"median"``: the square root of the median squared distance
-            over the pairs i < j, and 1 where that is zero. Of an even number of pairs, the lower middle value counts.
+        bandwidth: in the unit of the features, between 1e-150 and 1e150. ``"median"``: the square root of the median
+            squared distance over the pairs i < j, and 1 where that is zero. Of an even number of pairs, the lower
+            middle value counts.
 
     Raises:
         ValueError: ``bandwidth`` is neither.
@@ -47,18 +49,20 @@ class RBF:
     def __post_init__(self) -> None:
         if self.bandwidth == "median":
             return
-        if not isinstance(self.bandwidth, float | int) or not self.bandwidth > 0:
+        # Its square must be a number too.
+        if not isinstance(self.bandwidth, float | int) or not 1e-150 < self.bandwidth < 1e150:
             raise ValueError(
-                f"RBF: bandwidth must be above 0 or 'median', got {self.bandwidth!r}; "
-                "'median' takes it from the distances of the samples"
+                f"RBF: bandwidth must be above 0 or 'median', got {self.bandwidth!r:.50}; "
+                "'median' takes it from the distances of the samples, and others lie between 1e-150 and 1e150"
             )
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return the values between all samples of ``[..., n, d]``, ``[..., n, n]``; differentiable in the median."""
-        squared = _squared_distances(features)
         if self.bandwidth == "median":
+            squared = _squared_distances(near_one(features, (-2, -1)))
             scale = _median_off_diagonal(squared)[..., None, None]
         else:
+            squared = _squared_distances(features)
             scale = squared.new_tensor(self.bandwidth).square()
         return out_of_fp64((-squared / (2 * scale)).exp(), features.device, features.dtype)
 
@@ -145,8 +149,8 @@ def gram_matrix(features: Tensor, kernel: Kernel = "linear") -> Tensor:
     -2.0
 
     """
-    if not isinstance(features, Tensor) or not features.is_floating_point():
-        fact = features.dtype if isinstance(features, Tensor) else type(features).__name__
+    fact = no_numbers(features)
+    if fact is not None:
         raise TypeError(f"gram_matrix: features must be a floating-point tensor, got {fact}; convert with .float()")
     if features.ndim < 2 or 0 in features.shape[-2:]:
         raise ValueError(
@@ -157,7 +161,8 @@ def gram_matrix(features: Tensor, kernel: Kernel = "linear") -> Tensor:
         kernel = known_kernel("gram_matrix", kernel, "pass a function of the features for any other kernel")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
-        raw = kernel(features)
+        # Of the linear kernel only the directions of samples remain, however long these are.
+        raw = kernel(near_one(features, -1) if isinstance(kernel, Linear) else features)
         expected = (*features.shape[:-1], features.shape[-2])
         if raw.shape != expected:
             raise ValueError(

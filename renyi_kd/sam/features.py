@@ -44,8 +44,10 @@ def check_features(function: str, name: str, features: SAMFeatures, *, may_be_em
         )
     for member in ("image_features", "mask_tokens"):
         value = getattr(features, member)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            fact = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        # Of the dtypes of one byte there is no arithmetic.
+        known = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize > 1
+        if not known or value.layout != torch.strided:
+            fact = type(value).__name__ if not isinstance(value, Tensor) else value.layout if known else value.dtype
             raise TypeError(
                 f"{function}: {name}.{member} must be a floating-point tensor, got {fact}; "
                 "pass what the model computed, in any float dtype"
