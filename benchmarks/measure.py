@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import math
 import os
@@ -186,8 +187,28 @@ def cpu_peak_mib(run: Run) -> float:
 
 
 def read_rows(path: Path) -> pandas.DataFrame:
-    """Return the rows of a CSV file as text: a commit may read like a number."""
-    return pandas.read_csv(path, dtype=str, keep_default_na=False)
+    """Return the rows of a CSV file as text: a commit may read like a number.
+
+    Raises:
+        ValueError: it is no table, or a row has not as many cells as the header.
+
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, row) for row in reader if row]
+        (_, header), *rows = lines
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: must be a table in UTF-8 with a header, got {error}; move it elsewhere") from error
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}: must have {len(header)} cells in a row, as in its header, got {len(row)} in line {number}; "
+                "complete or remove the row"
+            )
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}: must name every column once, got {', '.join(header)}; rename one")
+    return pandas.DataFrame([row for _, row in rows], columns=header, dtype=str)
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:

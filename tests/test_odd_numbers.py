@@ -53,7 +53,8 @@ def gaussians(x: Tensor) -> Tensor:
 
 def entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
     """Return the entropy by the formula, in fp64."""
-    values = torch.linalg.eigvalsh(gram.double() / gram.double().trace())
+    gram = gram.double() + gram.double().mT
+    values = torch.linalg.eigvalsh(gram / gram.trace())
     values = values[values > 1e-12]
     if alpha == 1:
         return -(values * values.log2()).sum()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from benchmarks.torchvision_compat import ensure_importable
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 JITTER = 0.05
+# The tag of EXIF.
+_ORIENTATION = 0x0112
 Change = Callable[[Image.Image, Image.Image], tuple[Image.Image, Image.Image]]
 
 
@@ -31,12 +33,19 @@ def listed_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
     path = folder / f"{split}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; list the images there in two columns, image,label")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: must be a table in UTF-8, got {error}; save it again as that") from error
     if not rows:
         raise ValueError(f"{path}: must list at least one image, got none; add rows of image,label")
     if not {"image", "label"} <= rows[0].keys():
         raise ValueError(f"{path}: must have the columns image and label, got {', '.join(map(str, rows[0]))}")
+    if any(None in row for row in rows):
+        raise ValueError(
+            f"{path}: must have as many cells as columns in every row, got one with more; quote its commas"
+        )
     if any(not row["image"] or not row["label"] for row in rows):
         raise ValueError(f"{path}: must name an image and a label in every row, got one without; complete or remove it")
     return [(folder / row["image"], folder / row["label"]) for row in rows]
@@ -56,6 +65,12 @@ def prepared_pair(
     ``change`` takes image and mask as they are in their files, and returns what is prepared in their place.
     """
     image, mask = decoded(image_path, "RGB"), decoded(mask_path, "L")
+    turns = [one.info[_ORIENTATION] for one in (image, mask)]
+    if turns[0] != turns[1]:
+        raise ValueError(
+            f"{mask_path}: must be turned as its image {image_path.name} is, got the EXIF orientations {turns[1]} and "
+            f"{turns[0]}; save both upright, without EXIF"
+        )
     if image.size != mask.size:
         raise ValueError(
             f"{mask_path}: must have the size of its image {image_path.name}, got {mask.size} and {image.size} (width, "
@@ -103,12 +118,31 @@ def on_canvas(masks: NDArray[np.bool_], size: int) -> Tensor:
 
 
 def decoded(path: Path, mode: str) -> Image.Image:
-    """Return an image file as RGB or L; a damaged one is named."""
+    """Return an image file as RGB or L, as it is stored; a damaged one is named, or one that is not plain to read."""
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            fault = _fault(image)
+            converted = image.convert(mode)
+            converted.info[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+        # Its readers raise whatever a damaged file leads them to.
         raise ValueError(f"{path}: must be a readable image, got {error}; replace it or remove its row") from error
+    if fault is not None:
+        raise ValueError(f"{path}: must be one opaque picture of 8 bits, got {fault}; save it as that")
+    return converted
+
+
+def _fault(image: Image.Image) -> str | None:
+    """Return what of a picture a conversion would lose without a word."""
+    if image.mode.startswith(("I", "F")):
+        return f"mode {image.mode}, whose values above 255 would all be white"
+    # Phones add a smaller copy.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        return f"{image.n_frames} pictures"
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
+        return None if darkest == 255 else f"transparent pixels in mode {image.mode}"
+    return None
 
 
 def box_around(mask: NDArray[np.bool_], rng: np.random.Generator | None) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def write(folder: Path, row: Row) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / row.settings.file_name
     values = json.loads(json.dumps(dataclasses.asdict(row)), parse_float=_five_digits)
-    text = json.dumps(values, separators=(",", ":"))
+    text = json.dumps({**values, "digest": _digest(values)}, separators=(",", ":"))
     with whole_file(path) as temporary:
         temporary.write_text(text + "\n")
     return path
@@ -74,16 +75,29 @@ def read(folder: Path) -> list[Row]:
     """
     rows = []
     for path in sorted(folder.rglob("*.json")):
+        # What another process writes, or has left where it was killed.
+        if path.name.startswith("."):
+            continue
         try:
             values = json.loads(path.read_text())
+            # Files from before there were digests have none.
+            if values.pop("digest", None) not in (None, _digest(values)):
+                raise ValueError("its digest is that of other contents")
             row = Row(**{**values, "settings": Settings(**values["settings"])})
-        except (ValueError, TypeError, KeyError) as error:
+            if {len(each) for each in row.metrics.values()} != {len(row.images)}:
+                raise ValueError("its metrics have not one value for each image")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"rows: {path} must be a finished run of this version, got {type(error).__name__}: {error}; move it "
                 "out of the folder, and run it again"
             ) from error
         rows.append(row)
     return rows
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return what tells a file whose bits have changed."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _five_digits(number: str) -> float:
