@@ -10,9 +10,13 @@ from renyi_kd.sam.module_paths import plain
 from renyi_kd.sam.parts import Decoder, find_decoders
 from renyi_kd.sam.recording import Recording
 
-IN_THREADS = (
+AS_REPLICAS = (
     "tap: the model must run in one thread, got a replica made by nn.DataParallel; use one process per GPU "
     "(DistributedDataParallel), or show the process a single GPU"
+)
+BESIDE_A_TEACHER = (
+    "tap: a model must not be trained in one thread while another runs it in eval mode, as a teacher or to validate "
+    "the loss, got both at once: modes and adapters are the model's; use one thread, or a copy of the model"
 )
 
 
@@ -30,8 +34,6 @@ def why_nothing(
     """
     names = [plain(decoder.name) or "the model itself" for decoder in decoders]
     fact = "got a run with nothing collected" if after_a_run else "got no batch and nothing collected"
-    if recording.ran_in_threads:
-        return IN_THREADS
     if recording.ran_without_gradient:
         return (
             f"tap: the model must run with gradient to be a student, {fact}: its mask decoder ran without gradient, as "

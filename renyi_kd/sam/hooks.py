@@ -28,7 +28,11 @@ _only: ContextVar[object | None] = ContextVar("renyi_kd_only", default=None)
 class Listener(Protocol):
     """What hooks report to."""
 
-    recording: Recording
+    ran_as_replicas: bool
+
+    @property
+    def recording(self) -> Recording:
+        """What the thread that is running has left behind."""
 
 
 class Hooks:
@@ -198,7 +202,7 @@ class _Hook:
             return
         # Replicas share the hooks, and their threads would mix images and tokens.
         if getattr(module, "_is_replica", False):
-            listener.recording.ran_in_threads |= torch.is_grad_enabled()
+            listener.ran_as_replicas |= torch.is_grad_enabled()
             return
         self._react(listener, module, args, kwargs, output[0] if output else None)
 

@@ -88,7 +88,7 @@ class Recording:
         # What happened that keeps a step from having features.
         self.ran_without_gradient = False
         self.ran_past_its_call = False
-        self.ran_in_threads = False
+        self.ran_beside_a_teacher = False
         self.encoder_lost_gradient = False
         self.ran_without_decoder = False
         self._encoded: list[_Encoded] = []
@@ -110,6 +110,11 @@ class Recording:
     def differentiated(self) -> bool:
         """Whether backward has run through the calls."""
         return self._backward.seen
+
+    @property
+    def runs_with_gradient(self) -> bool:
+        """Whether a run is under way that counts."""
+        return any(each.with_gradient for each in self._under_way)
 
     def begin_run(self, batch: Any) -> None:
         """Begin a run of the model, or of a function that runs it, on a batch."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from renyi_kd.sam.assembly import features_of_calls
 from renyi_kd.sam.bound_forward import refuse_forward_of_another_model
-from renyi_kd.sam.explanation import IN_THREADS, why_nothing
+from renyi_kd.sam.explanation import AS_REPLICAS, BESIDE_A_TEACHER, why_nothing
 from renyi_kd.sam.features import SAMFeatures
 from renyi_kd.sam.hooks import Hooks, drop_hooks_of_copied_taps, listening_alone
 from renyi_kd.sam.module_paths import Place
@@ -22,6 +24,7 @@ from renyi_kd.sam.recording import Recording
 from renyi_kd.sam.replay import replaying_prompts
 from renyi_kd.sam.run import CallFunction, evaluating, named_errors, positional_names, run_model, runs_of_step
 from renyi_kd.sam.step import Step
+from renyi_kd.sam.threads import observed_elsewhere, observing
 
 
 class TapSettings(NamedTuple):
@@ -32,6 +35,20 @@ class TapSettings(NamedTuple):
     call: CallFunction | None
     replay_prompts: bool
     decoder_loops_over_images: bool
+
+
+class _Thread:
+    """What a tap keeps of a thread that runs its model.
+
+    Attributes:
+        recording: the step of this thread, which no other thread writes into.
+        error_before: what was being handled when the forward under way began.
+
+    """
+
+    def __init__(self) -> None:
+        self.recording = Recording()
+        self.error_before: BaseException | None = None
 
 
 def tap(
@@ -85,6 +102,10 @@ class Tap:
     are the repeated calls of activation checkpointing, and prompts that are the padding of transformers' processors.
     What a backward pass has already used when the next step begins is not collected either.
 
+    Each thread has a step of its own: the loss is computed, and ``clear()`` called, in the thread that ran the student;
+    backward may run in any. Teachers, which switch modes of their model, run one after the other. What is collected
+    goes with its thread.
+
     The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
     tapped. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
     holds it. Leaving ``with tap(model) as tapped:`` closes it.
@@ -104,10 +125,12 @@ class Tap:
             )
         image_features, mask_tokens = settings.image_features, settings.mask_tokens
         self.model = model
-        self.recording = Recording()
+        # Of whom whether it was run by nn.DataParallel, in whose threads nobody takes what they collect.
+        self.ran_as_replicas = False
         self._settings = settings
         self._names = positional_names(model)
-        self._error_before: BaseException | None = None
+        self._local = threading.local()
+        self._threads: WeakValueDictionary[int, _Thread] = WeakValueDictionary()
         refuse_forward_of_another_model(model)
         drop_hooks_of_copied_taps(model)
         self._hooks = Hooks(self)
@@ -166,8 +189,9 @@ class Tap:
                 "run the student, then compute the loss, then call backward once on the sum (the capture is dropped)"
             )
         if not self.pending:
+            self._refuse_step_of_another_thread()
             if batch is None or self.recording.ran_without_decoder or self.recording.ran_past_its_call:
-                raise RuntimeError(why_nothing(self.model, self._hooks.decoders, self.recording))
+                raise RuntimeError(self._why_nothing(self.recording))
             self._run(batch)
         step = Step(batch, tuple(self.recording.runs), self.recording.inputs())
         if batch is not None and not step.ran_on(batch):
@@ -212,13 +236,23 @@ class Tap:
         return features
 
     @property
+    def recording(self) -> Recording:
+        """What this thread has left behind."""
+        return self._thread.recording
+
+    @recording.setter
+    def recording(self, recording: Recording) -> None:
+        self._thread.recording = recording
+
+    @property
     def pending(self) -> bool:
-        """Whether anything waits to be taken."""
+        """Whether anything that this thread ran waits to be taken."""
         return len(self.recording) > 0
 
     def clear(self) -> None:
-        """Drop what was collected, as after a step whose loss is skipped."""
+        """Drop what was collected in this thread, as after a step whose loss is skipped."""
         self.recording = Recording()
+        self.ran_as_replicas = False
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -230,9 +264,9 @@ class Tap:
             self.recording = before
 
     def close(self) -> None:
-        """Remove the hooks and drop what was collected; the tap cannot be used again."""
+        """Remove the hooks and drop what was collected in any thread; the tap cannot be used again."""
         self._hooks.remove()
-        self.clear()
+        self._local = threading.local()
 
     def __enter__(self) -> Tap:
         return self
@@ -247,6 +281,12 @@ class Tap:
 
     def _observe(self, step: Step, role: str) -> tuple[SAMFeatures, Recording]:
         self._check_open()
+        with observing(self.model):
+            return self._observe_alone(step, role)
+
+    def _observe_alone(self, step: Step, role: str) -> tuple[SAMFeatures, Recording]:
+        if any(each.recording.runs_with_gradient for each in self._other_threads()):
+            raise RuntimeError(BESIDE_A_TEACHER)
         runs = runs_of_step(self.model, step, self._settings.call)
         self.recording = Recording(observing=True)
         prompts = (
@@ -269,15 +309,17 @@ class Tap:
             self.clear()
 
     def _begin_forward(self, args: Any, kwargs: Any) -> None:
-        self._error_before = sys.exc_info()[1]
+        if torch.is_grad_enabled() and observed_elsewhere(self.model):
+            self.recording.ran_beside_a_teacher = True
+        self._thread.error_before = sys.exc_info()[1]
         self.recording.begin_forward(args, kwargs, self._names)
 
     def _end_forward(self, output: Any) -> None:
         self.recording.end_run()
         # An exception that was there before is being handled by the caller: the model may well return None.
-        failed = output is None and sys.exc_info()[1] is not self._error_before
+        failed = output is None and sys.exc_info()[1] is not self._thread.error_before
         # An exception holds the frames that it left, and all that is in them.
-        self._error_before = None
+        self._thread.error_before = None
         if failed:
             self.clear()
 
@@ -297,10 +339,13 @@ class Tap:
         """Return the features of what was collected, and what else is known of it; and forget it."""
         recording = self.recording
         if not self.pending:
-            raise RuntimeError(why_nothing(self.model, self._hooks.decoders, recording, after_a_run=True))
+            raise RuntimeError(self._why_nothing(recording, after_a_run=True))
+        as_replicas = self.ran_as_replicas
         self.clear()
-        if recording.ran_in_threads:
-            raise RuntimeError(IN_THREADS)
+        if as_replicas:
+            raise RuntimeError(AS_REPLICAS)
+        if recording.ran_beside_a_teacher:
+            raise RuntimeError(BESIDE_A_TEACHER)
         if self._hooks.hypernetworks_changed():
             raise RuntimeError(
                 "tap: the mask decoder must have the hypernetworks that it was tapped with, got others; tap the model "
@@ -312,6 +357,32 @@ class Tap:
             image_features, mask_tokens = features.image_features.clone(), features.mask_tokens.clone()
             return SAMFeatures(image_features, mask_tokens, features.image_index), recording
         return features, recording
+
+    @property
+    def _thread(self) -> _Thread:
+        thread: _Thread | None = getattr(self._local, "thread", None)
+        if thread is None:
+            thread = self._local.thread = self._threads[threading.get_ident()] = _Thread()
+        return thread
+
+    def _other_threads(self) -> list[_Thread]:
+        known = (each() for each in self._threads.valuerefs())
+        return [each for each in known if each is not None and each is not self._thread]
+
+    def _refuse_step_of_another_thread(self) -> None:
+        waiting = [each.recording for each in self._other_threads() if not each.recording.differentiated]
+        count = sum(len(recording) for recording in waiting if not recording.observing)
+        if count:
+            raise RuntimeError(
+                "tap: the loss must be computed in the thread in which the student ran, got no decoder calls in this "
+                f"one, and {count} in another that wait for a loss; run the student here first, or call take() there "
+                "and give the loss the features; in a step whose loss is skipped, call clear() there"
+            )
+
+    def _why_nothing(self, recording: Recording, *, after_a_run: bool = False) -> str:
+        if self.ran_as_replicas:
+            return AS_REPLICAS
+        return why_nothing(self.model, self._hooks.decoders, recording, after_a_run=after_a_run)
 
     def _check_open(self) -> None:
         if not self._hooks:

@@ -11,6 +11,7 @@ from torch import nn
 from renyi_kd.sam.features import SAMFeatures
 from renyi_kd.sam.memory import version
 from renyi_kd.sam.tap import Tap
+from renyi_kd.sam.threads import observing
 from renyi_kd.teachers.adapters import adapter_model, adapters_off, base_parameters
 
 # Ways of peft to initialise LoRA that subtract what the adapter begins with from the base weights.
@@ -57,13 +58,14 @@ class AdapterDisabled:
         """Return the features of a step, or a batch, without adapters; what the student's tap has collected stays.
 
         Raises:
+            RuntimeError: another thread trains the model at that moment.
             ValueError: the running statistics of a BatchNorm are trained; or, of a peft model, a parameter outside the
                 adapters is, or adapters are merged or switched off already.
 
         """
         model = self.student.model
         _refuse_running_statistics(model)
-        with self.student.set_aside(), _same_requires_grad(model):
+        with observing(model), self.student.set_aside(), _same_requires_grad(model):
             if self._disable is not None:
                 with self._disable():
                     return self.student.observe(step)

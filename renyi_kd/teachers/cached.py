@@ -16,6 +16,7 @@ from renyi_kd.sam.memory import version
 from renyi_kd.sam.parts import encoder_of
 from renyi_kd.sam.step import Step
 from renyi_kd.sam.tap import Tap
+from renyi_kd.sam.threads import observing
 from renyi_kd.teachers.adapters import adapter_state
 from renyi_kd.teachers.encoder_cache import (
     EncoderCache,
@@ -126,7 +127,8 @@ class CachedTeacher:
             return self._answer(samples, weights, images, lambda: encode(*args, **kwargs), fresh)
 
         # Python and files, which torch.compile cannot trace.
-        with _forward_replaced(self._encoder, torch.compiler.disable(answer)):  # type: ignore[no-untyped-call]
+        disabled = torch.compiler.disable(answer)  # type: ignore[no-untyped-call]
+        with observing(self.model), _forward_replaced(self._encoder, disabled):
             features = self.teacher.observe(step)
         if n_images != len(ids):
             raise ValueError(
