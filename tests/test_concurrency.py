@@ -293,7 +293,7 @@ def test_one_model_is_not_trained_and_observed_at_once(first):
     def second() -> None:
         try:
             assert began.wait(SECONDS)
-            with pytest.raises(RuntimeError, match="must not be trained in one thread while another runs it"):
+            with pytest.raises(RuntimeError, match="must not be trained while another thread runs it"):
                 train() if first == "teacher" else teacher.observe(batch)
         finally:
             over.set()
@@ -344,14 +344,14 @@ def test_workers_of_a_data_loader(context, holds):
     loss = task(student(batch_of(7))) + infosam_loss(teacher, student)
     loss.backward()
     student(batch_of(8))
-    waiting = student.recording
+    waiting = student._recording
     images = Images(teacher, student, infosam_loss) if holds else Images()
     loaders = [
         DataLoader(images, 2, num_workers=n, multiprocessing_context=context if n else None, timeout=60 if n else 0)
         for n in (0, 2)
     ]
     batches = list(loaders[1])
-    assert student.recording is waiting
+    assert student._recording is waiting
     assert len(waiting) == 1
     student.clear()
     expected = losses_of(loaders[0], teacher, student, copy.deepcopy(infosam_loss))

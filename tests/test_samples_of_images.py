@@ -406,7 +406,7 @@ def test_a_static_buffer_that_is_filled_anew_is_noticed(through_the_tap, given):
 
 def test_a_run_with_a_backward_pass_within_counts_from_there():
     def adapt_then_run(model: nn.Module, batch: list[dict[str, Any]]) -> None:
-        if len(student.recording.calls):
+        if len(student._recording.calls):
             sum(mask.sum() for mask in meta_forward(model, batch)).backward()
         meta_forward(model, batch)
 

@@ -15,8 +15,8 @@ AS_REPLICAS = (
     "(DistributedDataParallel), or show the process a single GPU"
 )
 BESIDE_A_TEACHER = (
-    "tap: a model must not be trained in one thread while another runs it in eval mode, as a teacher or to validate "
-    "the loss, got both at once: modes and adapters are the model's; use one thread, or a copy of the model"
+    "tap: a model must not be trained while another thread runs it in eval mode, got both at once, and a teacher's "
+    "run, or a validation of the loss, switches modes and adapters for both; use one thread, or give each a copy of the model"
 )
 
 

@@ -31,7 +31,7 @@ class Listener(Protocol):
     ran_as_replicas: bool
 
     @property
-    def recording(self) -> Recording:
+    def _recording(self) -> Recording:
         """What the thread that is running has left behind."""
 
 
@@ -85,16 +85,16 @@ class Hooks:
 
         def add_image(tap: Listener, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             features = taken("image_features", image_features, output)
-            tap.recording.begin_place(features, _source(features, output))
+            tap._recording.begin_place(features, _source(features, output))
 
         def add_tokens(tap: Listener, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             tokens = taken("mask_tokens", mask_tokens, output)
             source = _source(tokens, output)
             tokens = tokens[:, None] if tokens.ndim == 2 else tokens
             for number, token in enumerate(tokens.unbind(-2)):
-                tap.recording.add_tokens(number, token, source=source)
+                tap._recording.add_tokens(number, token, source=source)
             # What the function took is a tensor of its own; backward runs through the module's.
-            tap.recording.end_place(output)
+            tap._recording.end_place(output)
 
         for module in modules_at(model, "image_features", image_features):
             self.after(module, add_image)
@@ -113,25 +113,25 @@ class Hooks:
         self.prompt_encoder = encoder
         if encoder is not None:
             names = argument_names(encoder)
-            self.before(encoder, lambda tap, _module, *call: tap.recording.begin_prompts(seen(names, *call[:2])))
-            self.after(encoder, lambda tap, *_call: tap.recording.end_prompts())
+            self.before(encoder, lambda tap, _module, *call: tap._recording.begin_prompts(seen(names, *call[:2])))
+            self.after(encoder, lambda tap, *_call: tap._recording.end_prompts())
 
     def _attach_to_image_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is None:
             return
         self.image_encoder = encoder
         names = argument_names(encoder)
-        self.before(encoder, lambda tap, _module, *call: tap.recording.begin_images(seen(names, *call[:2])))
+        self.before(encoder, lambda tap, _module, *call: tap._recording.begin_images(seen(names, *call[:2])))
 
         def end(tap: Listener, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            tap.recording.end_images(output)
+            tap._recording.end_images(output)
             if (
-                tap.recording.observing
+                tap._recording.observing
                 or not torch.is_grad_enabled()
                 or any(_requires_grad(leaf) for leaf in leaves(output))
             ):
                 return
-            tap.recording.encoder_lost_gradient |= any(parameter.requires_grad for parameter in module.parameters())
+            tap._recording.encoder_lost_gradient |= any(parameter.requires_grad for parameter in module.parameters())
 
         self.after(encoder, end)
 
@@ -151,11 +151,11 @@ class Hooks:
             }
             if reads_prompts:
                 own = {name: value for name, value in prompts.items() if "dense" not in name}
-                tap.recording.begin_prompts(seen((), (), own))
-                tap.recording.end_prompts()
+                tap._recording.begin_prompts(seen((), (), own))
+                tap._recording.end_prompts()
             shapes = (value.shape for name, value in prompts.items() if "sparse" in name and isinstance(value, Tensor))
             layout = next(((shape[0], shape[1]) for shape in shapes if len(shape) == 4), None)
-            tap.recording.begin_call(image, plain(decoder.name), layout)
+            tap._recording.begin_call(image, plain(decoder.name), layout)
 
         self.before(decoder.module, begin)
         for number, module in enumerate(decoder.token_modules):
@@ -164,14 +164,14 @@ class Hooks:
                 tap: Listener, _module: nn.Module, args: Any, _kwargs: Any, _output: Any, number: int = number
             ) -> None:
                 for each, tokens in decoder.mask_tokens(number, args[0]):
-                    tap.recording.add_tokens(each, tokens, decoder.n_tokens, args[0])
-                tap.recording.watch(args[0])
+                    tap._recording.add_tokens(each, tokens, decoder.n_tokens, args[0])
+                tap._recording.watch(args[0])
 
             self.before(module, add)
 
         def end(tap: Listener, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            tap.recording.watch(output)
-            tap.recording.end_call()
+            tap._recording.watch(output)
+            tap._recording.end_call()
 
         self.after(decoder.module, end)
 

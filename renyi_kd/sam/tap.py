@@ -182,7 +182,7 @@ class Tap:
         if batch is not None and not torch.is_grad_enabled():
             features, recording = self._observe(Step(batch), "student")
             return features, Step(batch, seen=recording.inputs())
-        if self.recording.differentiated:
+        if self._recording.differentiated:
             self.clear()
             raise RuntimeError(
                 "tap: the loss must be computed before backward, got a capture that backward has already run through; "
@@ -190,10 +190,10 @@ class Tap:
             )
         if not self.pending:
             self._refuse_step_of_another_thread()
-            if batch is None or self.recording.ran_without_decoder or self.recording.ran_past_its_call:
-                raise RuntimeError(self._why_nothing(self.recording))
+            if batch is None or self._recording.ran_without_decoder or self._recording.ran_past_its_call:
+                raise RuntimeError(self._why_nothing(self._recording))
             self._run(batch)
-        step = Step(batch, tuple(self.recording.runs), self.recording.inputs())
+        step = Step(batch, tuple(self._recording.runs), self._recording.inputs())
         if batch is not None and not step.ran_on(batch):
             count = len(step.ran)
             self.clear()
@@ -202,7 +202,7 @@ class Tap:
                 f"{count} (the stale capture is now dropped), or one that was overwritten; pass the same object to "
                 "model and loss, leave the batch out to use all, and call clear() after a step whose loss is skipped"
             )
-        if self.recording.encoder_lost_gradient:
+        if self._recording.encoder_lost_gradient:
             self.clear()
             raise RuntimeError(
                 "tap: the image features must have a gradient where the image encoder is trained, got features without "
@@ -236,32 +236,23 @@ class Tap:
         return features
 
     @property
-    def recording(self) -> Recording:
-        """What this thread has left behind."""
-        return self._thread.recording
-
-    @recording.setter
-    def recording(self, recording: Recording) -> None:
-        self._thread.recording = recording
-
-    @property
     def pending(self) -> bool:
         """Whether anything that this thread ran waits to be taken."""
-        return len(self.recording) > 0
+        return len(self._recording) > 0
 
     def clear(self) -> None:
         """Drop what was collected in this thread, as after a step whose loss is skipped."""
-        self.recording = Recording()
+        self._recording = Recording()
         self.ran_as_replicas = False
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Keep what was collected out of reach, and put it back in the end."""
-        before, self.recording = self.recording, Recording()
+        before, self._recording = self._recording, Recording()
         try:
             yield
         finally:
-            self.recording = before
+            self._recording = before
 
     def close(self) -> None:
         """Remove the hooks and drop what was collected in any thread; the tap cannot be used again."""
@@ -288,7 +279,7 @@ class Tap:
         if any(each.recording.runs_with_gradient for each in self._other_threads()):
             raise RuntimeError(BESIDE_A_TEACHER)
         runs = runs_of_step(self.model, step, self._settings.call)
-        self.recording = Recording(observing=True)
+        self._recording = Recording(observing=True)
         prompts = (
             replaying_prompts(self._hooks.prompt_encoder, step.seen) if self._settings.replay_prompts else nullcontext()
         )
@@ -303,19 +294,18 @@ class Tap:
                 for run in runs:
                     run()
             if step.seen is not None:
-                self.recording.leave_out(step.seen.with_gradient)
+                self._recording.leave_out(step.seen.with_gradient)
             return self._finish()
         finally:
             self.clear()
 
     def _begin_forward(self, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled() and observed_elsewhere(self.model):
-            self.recording.ran_beside_a_teacher = True
         self._thread.error_before = sys.exc_info()[1]
-        self.recording.begin_forward(args, kwargs, self._names)
+        self._recording.begin_forward(args, kwargs, self._names)
+        self._recording.ran_beside_a_teacher |= torch.is_grad_enabled() and observed_elsewhere(self.model)
 
     def _end_forward(self, output: Any) -> None:
-        self.recording.end_run()
+        self._recording.end_run()
         # An exception that was there before is being handled by the caller: the model may well return None.
         failed = output is None and sys.exc_info()[1] is not self._thread.error_before
         # An exception holds the frames that it left, and all that is in them.
@@ -324,7 +314,7 @@ class Tap:
             self.clear()
 
     def _run(self, batch: Any) -> Any:
-        self.recording.begin_run(batch)
+        self._recording.begin_run(batch)
         call = self._settings.call
         try:
             with named_errors("student", self.model):
@@ -332,12 +322,12 @@ class Tap:
         except BaseException:
             self.clear()
             raise
-        self.recording.end_run()
+        self._recording.end_run()
         return output
 
     def _finish(self) -> tuple[SAMFeatures, Recording]:
         """Return the features of what was collected, and what else is known of it; and forget it."""
-        recording = self.recording
+        recording = self._recording
         if not self.pending:
             raise RuntimeError(self._why_nothing(recording, after_a_run=True))
         as_replicas = self.ran_as_replicas
@@ -357,6 +347,15 @@ class Tap:
             image_features, mask_tokens = features.image_features.clone(), features.mask_tokens.clone()
             return SAMFeatures(image_features, mask_tokens, features.image_index), recording
         return features, recording
+
+    @property
+    def _recording(self) -> Recording:
+        """What this thread has left behind."""
+        return self._thread.recording
+
+    @_recording.setter
+    def _recording(self, recording: Recording) -> None:
+        self._thread.recording = recording
 
     @property
     def _thread(self) -> _Thread:
