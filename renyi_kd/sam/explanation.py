@@ -16,7 +16,8 @@ AS_REPLICAS = (
 )
 BESIDE_A_TEACHER = (
     "tap: a model must not be trained while another thread runs it in eval mode, got both at once, and a teacher's "
-    "run, or a validation of the loss, switches modes and adapters for both; use one thread, or give each a copy of the model"
+    "run, or a validation of the loss, switches modes and adapters for both; use one thread, or give each a copy of "
+    "the model"
 )
 
 
