@@ -459,6 +459,16 @@ def test_a_frozen_relation_module_is_left_alone():
     assert student.image_features.grad.abs().max() > 0
 
 
+def test_parametrized_weights_of_the_relation_module_are_taken_and_trained():
+    relation, (teacher, student) = relation_module(), pair()
+    expected = infosam_terms(relation, teacher, in_training(student)).loss
+    nn.utils.parametrizations.weight_norm(relation.key_proj)
+    loss = infosam_terms(relation, teacher, in_training(student)).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in relation.key_proj.parametrizations.parameters())
+
+
 # Dtypes.
 
 

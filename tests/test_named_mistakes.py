@@ -225,3 +225,13 @@ def test_models_made_by_jit_are_refused():
     for model in (traced, nn.Sequential(traced)):
         with pytest.raises(TypeError, match=r"must be made of Python modules, got .*torch\.jit"):
             tap(model)
+
+
+@pytest.mark.parametrize("own", ["tap", "InfoSAMLoss", "CachedTeacher"])
+def test_an_error_of_this_package_within_a_model_is_left_as_it_is(own):
+    def call(_model: nn.Module, _batch: object) -> None:
+        raise ValueError(f"{own}: something must be something else")
+
+    with pytest.raises(ValueError, match="something else") as caught:
+        InfoSAMLoss(DIM)(tap(hf_sam(0)), tap(hf_sam(1), call=call), hf_batch(2))
+    assert not hasattr(caught.value, "__notes__")

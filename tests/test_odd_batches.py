@@ -446,3 +446,27 @@ def test_any_batch(held, through_the_tap):
 @settings(max_examples=1500)
 def test_any_batch_in_thousands(held, through_the_tap):
     assert_plain_or_refused(*held, through_the_tap)
+
+
+@pytest.mark.parametrize(
+    "container", [lambda x: {"a": x}, lambda x: [x], lambda x: (x,)], ids=["dict", "list", "tuple"]
+)
+def test_tensors_are_found_in_eight_containers_and_copied_with_them(container):
+    tensor = torch.zeros(1)
+    value = functools.reduce(lambda inner, _: container(inner), range(8), tensor)
+    assert list(leaves(value)) == [tensor]
+    kept = snapshot(value)
+    assert not kept.changed()
+    tensor.add_(1)
+    assert kept.changed()
+    # Whatever lies deeper is one value.
+    assert list(leaves(container(value))) == [container(tensor)]
+
+
+def test_objects_are_looked_into_twice():
+    def held(value: object, depth: int) -> object:
+        return types.SimpleNamespace(x=held(value, depth - 1)) if depth else value
+
+    tensor = torch.zeros(1)
+    assert list(leaves(held(tensor, 3))) == [tensor]
+    assert not any(leaf is tensor for leaf in leaves(held(tensor, 4)))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from renyi_kd.__main__ import main
-from renyi_kd.sam.report import report
+from renyi_kd.sam.report import _count, report
 from tests.support.models import hf_batch, hf_sam, hooks_of, meta_batch, meta_sam, needs_transformers_with, with_lora
 
 ROOT = Path(__file__).parent.parent
@@ -248,3 +248,12 @@ def test_every_error_has_a_way_out_in_the_documents():
     rules = rules_of_errors()
     assert len(rules) > 70
     assert {rule for rule in rules if f"| {rule} |" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (999, "999"), (1000, "1.0 k"), (999_949, "999.9 k"), (10**6, "1.0 M"), (9_400_000, "9.4 M")],
+)
+def test_numbers_of_parameters(number, said):
+    # No memory: all elements are one.
+    assert _count([torch.zeros(1).expand(number)]) == said

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import AdapterDisabled, InfoSAMLoss, Tap, tap
-from renyi_kd.sam.inputs import Comparison, Inputs, Seen
+from renyi_kd.sam.inputs import Comparison, Inputs, Seen, seen
 from tests.support.models import (
     DIM,
     IMAGE_SIZE,
@@ -442,6 +442,25 @@ def test_numbers_and_shapes_are_compared_in_every_step():
     fewer.images[0].arguments["x"] = torch.ones(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"images of \(3, 8, 8\) where those of the student are of \(3, 4, 4\)"):
         compare(seen_images(1.0), fewer)
+
+
+def test_points_and_labels_are_the_same_as_a_pair_and_by_name():
+    def of(**prompts: object) -> Inputs:
+        one = seen_images(1.0)
+        return one._replace(prompts=(seen((), (), prompts),))
+
+    pair = of(points=(torch.full((2, 1, 2), 5.0), torch.ones(2, 1)))
+    by_name = of(input_points=torch.full((2, 1, 2), 5.0), input_labels=torch.ones(2, 1))
+    Comparison("always")(pair, by_name)
+    Comparison("always")(by_name, pair)
+    with pytest.raises(ValueError, match="other labels"):
+        Comparison("always")(pair, of(input_points=torch.full((2, 1, 2), 5.0), input_labels=torch.zeros(2, 1)))
+    # Of three tensors none is known to be of labels.
+    Comparison("always")(of(points=[torch.zeros(1)] * 3), of(coords=[torch.zeros(1)] * 3))
+    with pytest.raises(ValueError, match="3 numbers as points of its prompts where the student has 2"):
+        Comparison("always")(
+            of(points=(torch.zeros(2), torch.ones(2))), of(points=[torch.zeros(1), torch.ones(1), torch.ones(1)])
+        )
 
 
 def test_rounding_of_a_coarser_dtype_is_no_difference():

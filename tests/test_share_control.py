@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
@@ -254,3 +255,12 @@ def test_the_state_dict_is_as_before_without_a_share():
 def test_repr_names_the_share():
     assert "gradient_share=0.25" in repr(InfoSAMLoss(DIM, gradient_share=0.25))
     assert "gradient_share" not in repr(InfoSAMLoss(DIM))
+
+
+def test_of_two_processes_each_hears_of_the_others_errors(monkeypatch):
+    infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    assert isinstance(infosam._telling_of_errors(), nullcontext)
+    monkeypatch.setattr("renyi_kd.loss.n_processes", lambda _group: 2)
+    assert not isinstance(infosam._telling_of_errors(), nullcontext)
+    with torch.no_grad():
+        assert isinstance(infosam._telling_of_errors(), nullcontext)

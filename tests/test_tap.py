@@ -293,6 +293,14 @@ def test_student_is_run_when_it_has_not_run():
     assert torch.equal(loss(teacher, student, batch), run_here)
 
 
+def test_of_two_taps_on_a_model_the_one_that_observes_listens_alone():
+    model = hf_sam()
+    first, second = tap(model), tap(model)
+    first.observe(hf_batch())
+    with pytest.raises(RuntimeError, match="got no batch and nothing collected; pass a batch or run the model$"):
+        second.take()
+
+
 def test_users_own_call_of_the_model_is_seen():
     model, batch = hf_sam(1), hf_batch()
     teacher, student, loss = tap(hf_sam()), tap(model), InfoSAMLoss(DIM)

@@ -26,18 +26,46 @@ ROOT = Path(__file__).parent.parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent.csv")
 # Tests that are fast enough, and run what they test in their own process.
 FAST = (
-    *("accumulation", "bank", "entropy", "feature_entropy", "forms", "forward_arguments", "golden"),
-    *("gradient_share", "gram", "hazards", "loss", "models_that_change", "named_mistakes", "other_devices", "pitfalls"),
-    *("plans", "plot", "public_api", "relation_directions", "report", "same_inputs", "samples_of_images"),
-    *("share_control", "tap", "taps_in_any_order", "teacher"),
+    *("accumulation", "bank", "cache_files", "entropy", "feature_entropy", "forms", "forward_arguments", "golden"),
+    *(
+        "gradient_share",
+        "gram",
+        "hazards",
+        "loss",
+        "models_that_change",
+        "named_mistakes",
+        "odd_batches",
+        "odd_numbers",
+    ),
+    *(
+        "odd_states",
+        "other_devices",
+        "parts",
+        "pitfalls",
+        "plans",
+        "plot",
+        "public_api",
+        "relation_directions",
+        "report",
+    ),
+    *("families", "loops", "same_inputs", "samples_of_images", "share_control", "tap", "taps_in_any_order", "teacher"),
 )
 # What only processes of their own run, whose lines nobody watches.
 OF_PROCESSES = {
     "renyi_kd/samples/": ("tests/test_columns.py", "tests/test_faults.py"),
+    "renyi_kd/sam/rehearsal.py": ("tests/test_columns.py",),
+    "renyi_kd/sam/recording.py": ("tests/test_concurrency.py",),
+    "renyi_kd/sam/tap.py": ("tests/test_concurrency.py",),
+    "renyi_kd/sam/threads.py": ("tests/test_concurrency.py",),
+    "renyi_kd/functional.py": ("tests/test_columns.py", "tests/test_faults.py"),
+    "renyi_kd/loss.py": ("tests/test_columns.py", "tests/test_faults.py"),
+    "renyi_kd/share_control.py": ("tests/test_columns.py", "tests/test_faults.py"),
+    "renyi_kd/feature_entropy.py": ("tests/test_entropies_of_processes.py",),
     "renyi_kd/ops/gram_moment/ring.py": ("tests/test_entropies_of_processes.py",),
     "renyi_kd/ops/gram_moment/shards.py": ("tests/test_entropies_of_processes.py",),
     "renyi_kd/accumulation.py": ("tests/test_resume.py",),
 }
+OF_SIGNATURES = ("tests/test_public_api.py",)
 # Of a trial: so many times what its tests take, and so many seconds more.
 PATIENCE, GRACE = 5, 10
 
@@ -137,8 +165,13 @@ def try_module(options: Changed, known: Reach, copy: Path, module: str) -> None:
     state = {"module": module, "source": digest(source), "mutants": count, "tried": {}}
     before = json.loads(file.read_text()) if file.is_file() else state
     if before["source"] == state["source"] and not options.afresh:
+        explained = explanations()
         # A test that was added may notice what survived.
-        state["tried"] = {name: one for name, one in before["tried"].items() if one["outcome"] != "survived"}
+        state["tried"] = {
+            name: one
+            for name, one in before["tried"].items()
+            if one["outcome"] != "survived" or key_of(module, one) in explained
+        }
     killers = Counter(one["test"] for one in state["tried"].values() if one["test"] in known.seconds)
     for index, mutant in enumerate(chosen, 1):
         if mutant.name in state["tried"]:
@@ -161,7 +194,9 @@ def try_mutant(known: Reach, copy: Path, module: str, mutant: Mutant, killers: C
     nearest = known.tests(module, mutant.line)
     # What noticed other changes of the module may notice this one.
     nearest.sort(key=lambda test: -killers[test])
-    others = [test for test in known.beside(nearest) if test not in set(nearest)]
+    # Parameters and their defaults are run by an import, and no line says which tests read them.
+    others = [test for test in known.beside([*nearest, *OF_SIGNATURES]) if test not in set(nearest)]
+    others.sort(key=lambda test: not test.startswith(OF_SIGNATURES))
     outcome = Outcome("survived", "", 0.0)
     for tests in (known.within(nearest, seconds), known.within(others, seconds / 4)):
         if tests and outcome.said == "survived":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import random
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Mutant(NamedTuple):
 def mutants(source: str, count: int = 0, seed: int = 0) -> tuple[int, list[Mutant]]:
     """Return how many changes of a module there are, and so many of them, drawn by a seed; 0 for all.
 
-    Annotations and what only a type checker reads stay as they are.
+    Annotations and what only a type checker reads stay as they are. What is no Python any more is left out.
     """
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
@@ -62,7 +63,10 @@ def mutants(source: str, count: int = 0, seed: int = 0) -> tuple[int, list[Mutan
     found = []
     for operator, index, line in (places[one] for one in chosen):
         changed = mutate_code(source.encode(), plugins.get_operator(f"core/{operator}")(), index)
-        found.append(Mutant(f"{operator} {index}", line, *_lines(source, changed), changed))
+        # The ** of a mapping that is unpacked is taken for a power.
+        with contextlib.suppress(SyntaxError):
+            ast.parse(changed)
+            found.append(Mutant(f"{operator} {index}", line, *_lines(source, changed), changed))
     return len(places), found
 
 

@@ -15,6 +15,8 @@ from benchmarks.files import whole_file
 from benchmarks.mutation.trials import QUIETLY
 
 PACKAGE = "renyi_kd"
+# Lines that are beside a line.
+NEAR = 6
 
 
 class Reach:
@@ -30,9 +32,18 @@ class Reach:
         self.seconds, self.lines = seconds, lines
 
     def tests(self, path: str, line: int) -> list[str]:
-        """Return the tests that reach a line, the fastest first; of a line that an import runs, those of the file."""
+        """Return the tests that reach a line; of a line that an import runs, those of the file.
+
+        Those come first that reach a line beside it, as that of an error, which few others reach; then the fastest.
+        """
         found = self.lines.get(path, {}).get(line)
-        return self._fastest_first(found) if found else self.of_file(path)
+        if not found:
+            return self.of_file(path)
+        beside = [self.lines[path].get(each, []) for each in range(line - NEAR, line + NEAR + 1)]
+        fewest: dict[str, int] = {}
+        for tests in beside:
+            fewest.update({test: min(len(tests), fewest.get(test, len(tests))) for test in tests})
+        return sorted(self._fastest_first(found), key=lambda test: fewest[test])
 
     def of_file(self, path: str) -> list[str]:
         """Return the tests that reach any line of a file, the fastest first."""
