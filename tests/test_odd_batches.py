@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from renyi_kd import InfoSAMLoss, Tap, tap
 from renyi_kd.sam.memory import leaves, snapshot, storage_of
+from renyi_kd.sam.step import Call
 from tests.support.models import DIM, hf_batch, hf_sam, hooks_of
 
 
@@ -470,3 +471,22 @@ def test_objects_are_looked_into_twice():
     tensor = torch.zeros(1)
     assert list(leaves(held(tensor, 3))) == [tensor]
     assert not any(leaf is tensor for leaf in leaves(held(tensor, 4)))
+
+
+def test_a_call_is_of_what_it_was_given_alone_or_by_name():
+    x, other = torch.zeros(2), torch.zeros(2)
+    call = Call(arguments=snapshot(((x,), {})), names=("x", "y"))
+    for batch in (x, {"x": x}):
+        assert not call.is_of_another(batch)
+    for batch in (other, {"x": other}, x[:1]):
+        assert call.is_of_another(batch)
+    assert not Call().is_of_another(other)
+    # Of two arguments neither is the batch.
+    both = Call(arguments=snapshot(((x,), {"y": other})), names=("x", "y"))
+    for batch in (x, other, {"x": x, "y": other}):
+        assert not both.is_of_another(batch)
+    assert both.is_of_another({"x": other, "y": x})
+    x.add_(1)
+    for batch in (x, {"x": x}):
+        assert call.is_of_another(batch)
+        assert both.is_of_another(batch)

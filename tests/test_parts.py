@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from renyi_kd.sam.decoder_call import are_one, hold
 from renyi_kd.sam.parts import FAMILIES, Decoder
 from renyi_kd.sam.reads import is_view_of
 from renyi_kd.sam.recording import Recording
@@ -90,3 +91,20 @@ def test_a_view_of_a_tensor_is_told_from_what_was_computed():
     assert not is_view_of(source.detach().requires_grad_(), source)
     assert not is_view_of(source[0], source[1])
     assert is_view_of(leaf[0], leaf)
+
+
+def test_two_views_are_one_where_autograd_sees_the_same_values():
+    leaf = torch.randn(2, 3, requires_grad=True)
+    source = leaf * 1
+    assert are_one(hold(source), hold(source))
+    assert are_one(hold(source[0]), hold(source[0]))
+    assert not are_one(hold(source[0]), hold(source[1]))
+    assert not are_one(hold(source), hold(source.detach()))
+    assert not are_one(hold(source.clone()), hold(source.clone()))
+    plain = torch.randn(2, 3)
+    assert are_one(hold(plain.view(3, 2)), hold(plain.view(3, 2)))
+    assert not are_one(hold(plain.view(3, 2)), hold(plain.view(6)))
+    assert not are_one(hold(plain.view(torch.int32)), hold(plain))
+    before = hold(plain)
+    plain.add_(1)
+    assert not are_one(before, hold(plain))
