@@ -28,10 +28,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
-from renyi_kd.teachers.encoder_cache import EncoderCache, Entry
+from renyi_kd.teachers.encoder_cache import (
+    EncoderCache,
+    Entry,
+    fingerprint,
+    image_part,
+    probe,
+    show_other_images,
+)
 
 WEIGHTS, SIZE = "0123456789abcdef", (3, 32, 32)
 TEMPORARY = "." + "a-0123456789ab." + "0" * 32 + ".tmp"
@@ -137,6 +144,40 @@ def test_a_long_id_of_any_letters_fits_into_a_file_name(tmp_path):
     sample = "\U00020000" * 300
     write(cache_in(tmp_path), sample, entry_of(0))
     assert same(read(cache_in(tmp_path), sample)[0], entry_of(0))
+
+
+def test_a_file_of_an_earlier_version_is_found_again(tmp_path):
+    path = write(cache_in(tmp_path), "train/cat 1.png", entry_of(0))
+    assert path.name == "train_cat_1.png-0d810028c239.safetensors"
+    # A header of such a length that numbers lie at multiples of their size.
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    weights = nn.Linear(3, 2)
+    with torch.no_grad():
+        weights.weight.copy_(torch.arange(6.0).view(2, 3))
+        weights.bias.fill_(0.5)
+    assert fingerprint(weights) == "d6eca66ec1ad4fe58a78abe9331e8cbb"
+
+
+def test_thumbnails_tell_images_apart_beyond_rounding():
+    images = torch.rand(2, 3, 64, 48)
+    assert probe(images).shape == (2, 3, 16, 16)
+    assert probe(images.bfloat16()).dtype == torch.float32
+    # What is no image is kept as it is.
+    assert torch.equal(probe(images[:, :, :5, 0]), images[:, :, :5, 0])
+    seen = probe(images)
+    assert not show_other_images(seen, seen * 1.004)
+    assert show_other_images(seen, seen * 1.006)
+    assert show_other_images(seen, seen[:, :, :8])
+    # Of an empty image what counts is no relative error.
+    assert not show_other_images(torch.zeros(3), torch.full((3,), 4e-6))
+    assert show_other_images(torch.zeros(3), torch.full((3,), 6e-6))
+
+
+def test_an_output_has_a_row_for_every_image():
+    assert torch.equal(image_part(torch.arange(3), 1, 3), torch.tensor(1))
+    for leaf, got in ((torch.tensor(1.0), r"\(\)"), (torch.zeros(2, 3), r"\(2, 3\)"), ([1], "list")):
+        with pytest.raises(ValueError, match=f"must hold tensors with one row per image, got {got} for 3 images"):
+            image_part(leaf, 0, 3)
 
 
 # damage

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, tap
+from renyi_kd.teachers.model_pair import ModelPair
 from tests.support.loops import MiniDecoder, MiniSam
 from tests.support.models import DIM, hf_batch, hf_sam
 
@@ -376,3 +377,14 @@ def test_a_copy_made_after_peft_is_pretrained_only_while_its_adapters_are_zero(s
     else:
         with pytest.warns(UserWarning, match="got one with adapters that are trained in the student, such as .*lora_B"):
             loss(tap(teacher), tap(student), batch)
+
+
+def test_adapters_of_a_teacher_are_warned_of_once_for_each_pair_of_models():
+    students = [peft.get_peft_model(hf_sam(0), lora()) for _ in range(2)]
+    teachers = [copy.deepcopy(student) for student in students]
+    pair = ModelPair()
+    for teacher, student in [(0, 0), (1, 0), (1, 1), (0, 0)]:
+        with pytest.warns(UserWarning, match="teacher must be the pre-trained model"):
+            pair.check(teachers[teacher], students[student])
+        # Warnings are errors here.
+        pair.check(teachers[teacher], students[student])

@@ -102,6 +102,8 @@ def test_a_trial_says_what_tests_say(small):
         "(root / 'conftest.py').unlink()",
         "change(module, before.replace('    return x >', '    while True: pass\\n    return x >'))",
         "print(trial(root, tests, 2)[:2])",
+        "change(module, before.replace('x > L', 'x >=L'))",
+        "print(trial(root, [tests[0], 'tests/test_small.py::test_old', tests[1] + '[of old]'], 60)[:2])",
         "change(module, before)",
         "print(trial(root, tests, 60)[:2])",
         "try:",
@@ -118,6 +120,7 @@ def test_a_trial_says_what_tests_say(small):
         "killed",
         "('killed', '')",
         "('timed out', '')",
+        f"('killed', '{near}')",
         "('survived', '')",
         "trial: the tests must be found, got none of tests/",
     ]

@@ -249,6 +249,22 @@ def test_images_of_another_batch_order_and_partly_cached_ones(tmp_path):
     torch.testing.assert_close(features.image_features, expected.image_features, rtol=1e-3, atol=1e-3)
 
 
+def test_an_image_that_comes_twice_in_a_loop_is_encoded_once(tmp_path):
+    item = {**meta_batch(1, 2)[0], "sample_id": "a"}
+    model, encoded = meta_sam(), []
+    # A hook of the encoder itself also sees what comes from the cache.
+    next(model.image_encoder.children()).register_forward_hook(lambda *_: encoded.append(1))
+
+    def call(sam: nn.Module, batch: list[dict[str, Tensor]]) -> list[Tensor]:
+        return [mask for one in batch for mask in meta_forward(sam, [one])]
+
+    expected = tap(model, call=call).observe([item, item])
+    encoded.clear()
+    features = CachedTeacher(tap(model, call=call), tmp_path).observe([item, item])
+    assert len(encoded) == 1
+    torch.testing.assert_close(features.image_features, expected.image_features, rtol=1e-3, atol=1e-3)
+
+
 def test_metas_list_of_dicts_and_a_loop_of_ones_own(tmp_path):
     model, batch = meta_sam(), [{**item, "sample_id": i} for i, item in enumerate(meta_batch(3, 2))]
     calls = count_encoder_calls(model)
@@ -503,6 +519,20 @@ def test_other_arguments_of_the_cache_are_refused(tmp_path):
     student = tap(hf_sam(1))
     with pytest.raises(ValueError, match="must be models of their own"):
         InfoSAMLoss(DIM)(CachedTeacher(student, tmp_path), student, identified(hf_batch()))
+
+
+def test_a_parameter_that_came_later_and_is_not_trained_is_none_of_the_adapters():
+    model = lora(hf_sam())
+    teacher = AdapterDisabled(tap(model))
+    model.base_model.model.note = nn.Parameter(torch.zeros(2), requires_grad=False)
+    assert teacher.observe(hf_batch()).mask_tokens.isfinite().all()
+
+
+def test_adapters_that_nobody_can_switch_off_at_once_are_no_peft_model():
+    peft = pytest.importorskip("peft")
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv"]), hf_sam())
+    with pytest.raises(ValueError, match="student must hold a peft model, got SamModel without one"):
+        AdapterDisabled(tap(model))
 
 
 # the protocol

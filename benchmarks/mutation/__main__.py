@@ -48,7 +48,7 @@ FAST = (
         "relation_directions",
         "report",
     ),
-    *("families", "loops", "same_inputs", "samples_of_images", "share_control", "tap", "taps_in_any_order", "teacher"),
+    *("families", "same_inputs", "samples_of_images", "share_control", "tap", "taps_in_any_order", "teacher"),
 )
 # What only processes of their own run, whose lines nobody watches.
 OF_PROCESSES = {
@@ -67,7 +67,7 @@ OF_PROCESSES = {
 }
 OF_SIGNATURES = ("tests/test_public_api.py",)
 # Of a trial: so many times what its tests take, and so many seconds more.
-PATIENCE, GRACE = 5, 10
+PATIENCE, GRACE = 5, 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Changed(Where):
         modules: files of the package.
         mutants: try so many of each module, drawn by the seed; 0 for all.
         seed: of the draw.
+        tests: names of tests, or how they begin, that are run before all others.
         seconds: run tests of a change for so long, as they take without it: those that reach it, one case of each
             first; then others of their modules for a quarter of it.
         afresh: try those again that were killed before.
@@ -111,6 +112,7 @@ class Changed(Where):
     modules: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     mutants: int = 30
     seed: int = 0
+    tests: tuple[str, ...] = ()
     seconds: float = 15
     afresh: bool = False
 
@@ -166,18 +168,18 @@ def try_module(options: Changed, known: Reach, copy: Path, module: str) -> None:
     before = json.loads(file.read_text()) if file.is_file() else state
     if before["source"] == state["source"] and not options.afresh:
         explained = explanations()
-        # A test that was added may notice what survived.
+        # A test that was added may notice what survived, and a machine with less to do what timed out.
         state["tried"] = {
             name: one
             for name, one in before["tried"].items()
-            if one["outcome"] != "survived" or key_of(module, one) in explained
+            if one["outcome"] == "killed" or key_of(module, one) in explained
         }
     killers = Counter(one["test"] for one in state["tried"].values() if one["test"] in known.seconds)
     for index, mutant in enumerate(chosen, 1):
         if mutant.name in state["tried"]:
             continue
         change(copy / module, mutant.source)
-        outcome = try_mutant(known, copy, module, mutant, killers, options.seconds)
+        outcome = try_mutant(options, known, copy, module, mutant, killers)
         if outcome.test in known.seconds:
             killers[outcome.test] += 1
         said = {"line": mutant.line, "before": mutant.before, "after": mutant.after, "outcome": outcome.said}
@@ -189,11 +191,16 @@ def try_module(options: Changed, known: Reach, copy: Path, module: str) -> None:
     change(copy / module, source)
 
 
-def try_mutant(known: Reach, copy: Path, module: str, mutant: Mutant, killers: Counter[str], seconds: float) -> Outcome:
+def try_mutant(
+    options: Changed, known: Reach, copy: Path, module: str, mutant: Mutant, killers: Counter[str]
+) -> Outcome:
     """Return what the tests that reach a change say of it; then those beside them; then those of processes."""
+    seconds = options.seconds
     nearest = known.tests(module, mutant.line)
     # What noticed other changes of the module may notice this one.
     nearest.sort(key=lambda test: -killers[test])
+    asked = [test for test in known.seconds if test.startswith(options.tests)] if options.tests else []
+    nearest = list(dict.fromkeys([*asked, *nearest]))
     # Parameters and their defaults are run by an import, and no line says which tests read them.
     others = [test for test in known.beside([*nearest, *OF_SIGNATURES]) if test not in set(nearest)]
     others.sort(key=lambda test: not test.startswith(OF_SIGNATURES))
