@@ -276,6 +276,17 @@ def test_copies_and_checkpoints():
     assert InfoSAMLoss(DIM).bank_size == 0
 
 
+def test_a_checkpoint_keeps_which_samples_share_a_map():
+    infosam, loaded = with_bank(3), with_bank(3)
+    teacher, student = step(0, image_index=[2, 0, 2, 1])
+    infosam(teacher, in_training(student))
+    assert infosam.bank.get_extra_state()[1] == [1, 0, 1]
+    loaded.load_state_dict(infosam.state_dict())
+    again = step(10)
+    losses = [module(again[0], in_training(again[1])) for module in (loaded, infosam)]
+    assert losses[0] == losses[1]
+
+
 # torch.compile looks at .grad of every tensor it meets.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

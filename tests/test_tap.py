@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, tap
+from renyi_kd.sam.rehearsal import rehearsing
 from tests.support import module_gradients
 from tests.support.memory import living
 from tests.support.models import (
@@ -215,6 +216,17 @@ def test_ddp():
                        if module is model else module.vision_encoder.layers[0].attn.qkv.weight.grad))  # fmt: skip
     assert values[0][0] == values[1][0]
     torch.testing.assert_close(values[0][1], values[1][1])
+
+
+@pytest.mark.usefixtures("process_group")
+def test_processes_of_ddp_exchange_nothing_in_a_rehearsal():
+    model = nn.parallel.DistributedDataParallel(hf_sam(), find_unused_parameters=True)
+    settings = ("require_forward_param_sync", "require_backward_grad_sync")
+    for exchanges in (True, False):
+        model.require_forward_param_sync = exchanges
+        with rehearsing(nn.ModuleList([model])):
+            assert [getattr(model, name) for name in settings] == [False, False]
+        assert [getattr(model, name) for name in settings] == [exchanges, True]
 
 
 # torch.compile looks at .grad of every tensor it meets.

@@ -528,10 +528,11 @@ def test_a_parameter_that_came_later_and_is_not_trained_is_none_of_the_adapters(
     assert teacher.observe(hf_batch()).mask_tokens.isfinite().all()
 
 
-def test_adapters_that_nobody_can_switch_off_at_once_are_no_peft_model():
+@pytest.mark.parametrize(("make", "name"), [(hf_sam, "SamModel"), (meta_sam, "Sam")])
+def test_adapters_that_nobody_can_switch_off_at_once_are_no_peft_model(make, name):
     peft = pytest.importorskip("peft")
-    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv"]), hf_sam())
-    with pytest.raises(ValueError, match="student must hold a peft model, got SamModel without one"):
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv"]), make())
+    with pytest.raises(ValueError, match=f"student must hold a peft model, got {name} without one"):
         AdapterDisabled(tap(model))
 
 
