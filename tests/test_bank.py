@@ -307,3 +307,11 @@ def test_under_a_compiler_the_graph_breaks_at_the_bank():
 def test_refusals(size):
     with pytest.raises(ValueError, match="bank_size must be a number of samples, got"):
         InfoSAMLoss(DIM, bank_size=size)
+
+
+def test_a_step_needs_a_sample_of_its_own_beside_the_bank():
+    infosam, (teacher, student) = with_bank(3), step(0)
+    infosam(teacher, in_training(student))
+    nothing = [SAMFeatures(side.image_features[:0], side.mask_tokens[:0]) for side in (teacher, student)]
+    with pytest.raises(ValueError, match=r"image_features must have shape \[b, d, h, w\] without zeros, got \(0,"):
+        infosam(nothing[0], in_training(nothing[1]))

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -260,9 +261,35 @@ def test_gram_around_the_edges_of_blocks(delta, n_blocks, n_programs, monkeypatc
     check_gram(on_device(randn(3, n_columns))[0], impl="triton")
 
 
+@pytest.mark.parametrize("n_programs", [1, 8, 512])
+def test_gram_of_several_blocks_of_rows_and_steps(n_programs, monkeypatch):
+    monkeypatch.setattr(batch_gram_triton, "PROGRAMS", n_programs)
+    n_rows, n_columns = batch_gram_triton.BLOCK_S + 3, 4 * batch_gram_triton.BLOCK_K + 5
+    check_gram(on_device(randn(n_rows, n_columns))[0], impl="triton")
+
+
+@pytest.mark.parametrize(("has_tensor_cores", "precision"), [(True, "tf32x3"), (False, "ieee")])
+def test_products_of_many_rows_keep_the_digits_of_fp32(has_tensor_cores, precision, monkeypatch):
+    chosen: list[str] = []
+
+    def launcher(_kernel: object, _grid: object) -> Callable[..., None]:
+        return lambda *_args, **settings: chosen.append(settings["PRECISION"])
+
+    monkeypatch.setattr(batch_gram_triton, "launcher", launcher)
+    monkeypatch.setattr(batch_gram_triton, "has_tensor_cores", lambda _device: has_tensor_cores)
+    batch_gram_triton.launch_forward(on_device(randn(batch_gram_triton.MAX_ROWS + 1, 5))[0])
+    assert chosen == [precision]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gram_in_every_layout(layout):
     check_gram(LAYOUTS[layout](on_device(randn(3, 11, 7, 5))[0]), impl="triton")
+
+
+def test_gram_of_rows_whose_columns_are_one_number():
+    rows = on_device(randn(3, 1))[0].expand(3, 40)
+    partial = batch_gram_triton.launch_forward(rows)
+    assert_close_on_scale(partial.sum(0).double(), rows.double() @ rows.double().mT, name="gram", rtol=1e-6)
 
 
 def test_gram_of_large_half_precision_rows():
@@ -329,7 +356,7 @@ def test_teacher_pass_around_the_edges_of_tiles(delta, n_blocks, n_programs, mon
     check_teacher_pass(*teacher_inputs(3, 8, 1, n_blocks * row_products.RUN + delta))
 
 
-@pytest.mark.parametrize("n_channels", [3, 4, 5, 16, 37, 256])
+@pytest.mark.parametrize("n_channels", [3, 4, 5, 16, 33, 37, 256])
 @pytest.mark.parametrize("layout", ["channel-first", "channels-last"])
 def test_teacher_pass_of_ragged_channels(n_channels, layout):
     x, directions = teacher_inputs(2, n_channels, 5, 7)
@@ -914,6 +941,17 @@ def test_the_loss_where_tokens_have_several_stretches(form):
         torch.use_deterministic_algorithms(False)
     largest = max(value.abs().max().item() for value in found["reference"][5:])
     for index, (a, e) in enumerate(zip(*found.values(), strict=True)):
+        assert_close_on_scale(a, e, name=str(index), rtol=2e-6, scale=largest if index > 4 else 0.0)
+
+
+def test_the_loss_of_many_samples_of_few_pixels_is_that_of_the_reference():
+    """One program then sums several blocks of the image Gram."""
+    teacher, student = (sam_features(17, seed=seed, size=(2, 3)) for seed in (1, 3))
+    teacher, student = (SAMFeatures(*on_device(*features[:2])) for features in (teacher, student))
+    arguments = teacher, in_training(student), relation_module().to(DEVICE)
+    actual, expected = (loss_and_gradients(infosam_terms, *arguments, impl=impl) for impl in ("triton", "reference"))
+    largest = max(value.abs().max().item() for value in expected[5:])
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close_on_scale(a, e, name=str(index), rtol=2e-6, scale=largest if index > 4 else 0.0)
 
 

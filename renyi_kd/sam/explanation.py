@@ -21,9 +21,7 @@ BESIDE_A_TEACHER = (
 )
 
 
-def why_nothing(
-    model: nn.Module, decoders: Sequence[Decoder], recording: Recording, *, after_a_run: bool = False
-) -> str:
+def why_nothing(model: nn.Module, decoders: Sequence[Decoder], recording: Recording, *, after_a_run: bool) -> str:
     """Return why nothing was collected, and the way out.
 
     Args:
