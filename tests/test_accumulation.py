@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import Accumulation, AdapterDisabled, InfoSAMLoss, SAMFeatures, tap
-from renyi_kd.micro_batches import MicroBatches
+from renyi_kd.micro_batches import MicroBatches, _same_index
 from renyi_kd.sam.rehearsal import random_state
 from tests.support import module_gradients, sam_features
 from tests.support.loops import MiniSam, Step, assert_same_gradients, run_hf, task_loss
@@ -122,6 +122,29 @@ def test_gradients_are_those_of_all_graphs_in_memory(form):
     expected = setup.plain(batches, weights)
     assert_same_step(setup.exact(batches, weights), expected)
     assert any("vision_encoder" in name for name in expected.gradients)
+
+
+def test_micro_batches_that_all_have_several_prompts_an_image():
+    batches = [in_fp64(hf_batch(*numbers, seed=seed)) for seed, numbers in enumerate([(2, 2), (1, 3)])]
+    setup = Setup(lambda: hf_sam(int(torch.randint(9, ()))), dim=DIM, call=run_hf)
+    assert_same_step(setup.exact(batches), setup.plain(batches))
+
+
+def test_a_frozen_encoder_gets_no_gradient():
+    setup, batches = Setup(), images()
+    setup.models[1].image_encoder.requires_grad_(False)
+    expected = setup.plain(batches)
+    assert not any("image_encoder" in name for name in expected.gradients)
+    assert_same_step(setup.exact(batches), expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [(None, None, True), ([0, 0], [0, 0], True), ([0, 0], [0, 1], False), (None, [0, 1], False), ([0, 1], None, False)],
+)
+def test_images_of_both_passes_are_compared(first, second, same):
+    one, other = (None if index is None else torch.tensor(index) for index in (first, second))
+    assert _same_index(one, other) is same
 
 
 def test_gradients_are_those_of_one_batch():

@@ -315,3 +315,9 @@ def test_a_step_needs_a_sample_of_its_own_beside_the_bank():
     nothing = [SAMFeatures(side.image_features[:0], side.mask_tokens[:0]) for side in (teacher, student)]
     with pytest.raises(ValueError, match=r"image_features must have shape \[b, d, h, w\] without zeros, got \(0,"):
         infosam(nothing[0], in_training(nothing[1]))
+
+
+def test_samples_are_joined_only_where_there_are_others():
+    assert with_bank(1)._scope.joins is True
+    assert InfoSAMLoss(DIM)._scope.joins is False
+    assert InfoSAMLoss(DIM, global_batch=True)._scope.joins is False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 import pytest
+import torch
+from torch import distributed
 
 from renyi_kd.samples import agreement
 from tests.support import faults
@@ -93,3 +96,25 @@ def test_every_process_is_told_what_one_of_them_refuses(found, refusal, own):
 
 def test_processes_go_on_after_what_all_were_told(found):
     assert [of_rank["nothing"] for of_rank in found["differences"]] == ["none"] * 3
+
+
+def test_a_process_that_has_begun_nothing_counts_as_zero():
+    store = distributed.HashStore()
+    # It waits for what nobody has said.
+    store.set_timeout(timedelta(seconds=1))
+    store.set("renyi_kd/begun/2", "7")
+    assert agreement._numbers(store, "begun", [0, 2]) == [0, 7]
+    store.set("renyi_kd/begun/0", "5")
+    assert agreement._numbers(store, "begun", [0, 2]) == [5, 7]
+
+
+def test_an_error_of_the_first_step_is_told_in_the_exchange_that_others_wait_in(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(agreement, "_tell", lambda said, *_, exchanges: told.append((said, exchanges)))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="of mine"), agreement.telling_of_errors(torch.device("cpu")):
+            raise ValueError("of mine\nin two lines")
+    finally:
+        distributed.destroy_process_group()
+    assert told == [("ValueError: of mine", True)]

@@ -22,6 +22,7 @@ from renyi_kd import (
     mutual_information,
     renyi_entropy,
 )
+from renyi_kd.magnitude import near_one
 from tests.support import in_training, randn, relation_module, sam_features
 
 X = randn(5, 3, dtype=torch.float64)
@@ -278,3 +279,15 @@ def test_any_samples(x, alpha):
 @settings(max_examples=4000)
 def test_any_samples_in_thousands(x, alpha):
     law(x, alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-125, -80, -41, -39, 0, 39, 41, 62, 80, 120])
+def test_a_part_is_scaled_by_a_power_of_two_where_it_is_huge_or_tiny(dtype, exponent):
+    ordinary = torch.tensor([1.5, -1.25, 0.0], dtype=dtype)
+    x = torch.stack([ordinary, 2.0**exponent * ordinary])
+    scaled = near_one(x, -1)
+    assert torch.equal(scaled[0], ordinary)
+    assert torch.equal(scaled[1], x[1] if abs(exponent) < 40 else ordinary)
+    together = near_one(x, (-2, -1))
+    assert torch.equal(together, x if abs(exponent) < 40 or exponent < 0 else x / 2.0**exponent)

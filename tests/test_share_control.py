@@ -15,6 +15,7 @@ from torch import Tensor
 
 from renyi_kd import InfoSAMLoss, SAMFeatures, tap
 from renyi_kd.objective import Distillation
+from renyi_kd.samples.processes import n_processes
 from tests.support import in_training, randn, sam_features
 from tests.support.models import hf_batch, hf_sam
 
@@ -264,3 +265,18 @@ def test_of_two_processes_each_hears_of_the_others_errors(monkeypatch):
     assert not isinstance(infosam._telling_of_errors(), nullcontext)
     with torch.no_grad():
         assert isinstance(infosam._telling_of_errors(), nullcontext)
+
+
+def test_steps_without_any_gradient_say_nothing_of_a_missing_task():
+    control = InfoSAMLoss(DIM, gradient_share=0.1).share_control
+    for _ in range(100):
+        control._check_task(torch.zeros(2, 2))
+    own_alone = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    for _ in range(2):
+        control._check_task(own_alone)
+    with pytest.raises(RuntimeError, match="gradient_share must have a task loss to be a share of, got 3 steps"):
+        control._check_task(own_alone)
+
+
+def test_a_program_alone_is_one_process():
+    assert n_processes(None) == 1

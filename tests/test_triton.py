@@ -710,6 +710,15 @@ def test_moment_of_ragged_features(n_features):
     check_moment(samples(9, 2, n_features), [RBF, LINEAR])
 
 
+def test_moment_of_samples_far_from_the_origin():
+    """Of distances only differences count: those from the mean keep the digits."""
+    features = samples(40, 1)[0] + 1000
+    actual = moment_and_gradients("triton", [features], [RBF])
+    exact = moment_and_gradients("reference", [features.double()], [RBF])
+    assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
+    assert_close_on_scale(actual[1], exact[1].float(), name="gradient", rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 def test_moment_in_every_dtype(dtype):
     check_moment(samples(40, 3, dtype=dtype), [LINEAR, RBF, POLYNOMIAL])
@@ -944,9 +953,10 @@ def test_the_loss_where_tokens_have_several_stretches(form):
         assert_close_on_scale(a, e, name=str(index), rtol=2e-6, scale=largest if index > 4 else 0.0)
 
 
-def test_the_loss_of_many_samples_of_few_pixels_is_that_of_the_reference():
-    """One program then sums several blocks of the image Gram."""
-    teacher, student = (sam_features(17, seed=seed, size=(2, 3)) for seed in (1, 3))
+@pytest.mark.parametrize("n_samples", [16, 17])
+def test_the_loss_of_many_samples_of_few_pixels_is_that_of_the_reference(n_samples):
+    """One program then sums several blocks of a Gram of images in several parts."""
+    teacher, student = (sam_features(n_samples, seed=seed, size=(5, 16)) for seed in (1, 3))
     teacher, student = (SAMFeatures(*on_device(*features[:2])) for features in (teacher, student))
     arguments = teacher, in_training(student), relation_module().to(DEVICE)
     actual, expected = (loss_and_gradients(infosam_terms, *arguments, impl=impl) for impl in ("triton", "reference"))
