@@ -246,6 +246,15 @@ def test_gram_in_every_dtype(dtype, shape, blocks):
         check_gram(0.3 + randn(*shape, dtype=dtype))
 
 
+def test_rows_are_copied_in_blocks_and_never_all_at_once():
+    n_slices = 3 * batch_gram_reference.BLOCK_ELEMENTS // 64
+    rows = torch.empty(2, n_slices, 2, 16)
+    for x, n_blocks in ((rows, 1), (rows.to(torch.bfloat16), 3), (rows.mT, 3)):
+        blocks = batch_gram_reference._blocks(x, torch.float32)
+        assert len(blocks) == n_blocks
+        assert sum(len(range(n_slices)[part]) for part in blocks) == n_slices
+
+
 @pytest.mark.parametrize("delta", [-1, 0, 1])
 def test_gram_around_the_edges_of_blocks(delta):
     edge = batch_gram_reference.BLOCK_ELEMENTS // 4
