@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="pip install 'renyi-kd[triton]'")
 from triton import knobs
 
 from renyi_kd import InfoSAMLoss, RelationModule, SAMFeatures, infosam_terms
-from renyi_kd.ops import autograd, launches
+from renyi_kd.ops import autograd, launches, row_products
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from tests.support import in_training, relation_module, sam_features
 from tests.support.direct_launches import compiled_kernels
@@ -351,3 +351,14 @@ def test_nothing_is_computed_from_a_number_that_changes(misuse):
 def test_what_is_packed_is_allocated_for_it():
     with pytest.raises(AssertionError, match="allocated"):
         launches.run(lambda tensors, numbers: [[tensors[0] + 1]], [torch.ones(2)], ())
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
+def test_which_gpus_multiply_fp32_on_tensor_cores(capability, expected, monkeypatch):
+    row_products.has_tensor_cores.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    try:
+        assert row_products.has_tensor_cores(torch.device("cuda")) is expected
+        assert row_products.has_tensor_cores(torch.device("cpu")) is True
+    finally:
+        row_products.has_tensor_cores.cache_clear()

@@ -280,3 +280,13 @@ def test_steps_without_any_gradient_say_nothing_of_a_missing_task():
 
 def test_a_program_alone_is_one_process():
     assert n_processes(None) == 1
+
+
+def test_the_first_steps_count_alike():
+    infosam, shares = InfoSAMLoss(DIM, gradient_share=0.1), []
+    for step in range(6):
+        steps(infosam, 1, first=step)
+        # That of a step counts from the next one on.
+        if shares:
+            assert infosam.share_control.mean.item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+        shares.append(share_of(infosam) / infosam.scalars()["weight"])
