@@ -18,6 +18,7 @@ from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.batch_gram import reference as batch_gram_reference
 from renyi_kd.ops.gram_terms import gram_terms
+from renyi_kd.ops.prompts import gram_of_samples, prompts_of_each
 from renyi_kd.ops.relation_scores import reference as relation_scores_reference
 from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import randn
@@ -253,6 +254,24 @@ def test_rows_are_copied_in_blocks_and_never_all_at_once():
         blocks = batch_gram_reference._blocks(x, torch.float32)
         assert len(blocks) == n_blocks
         assert sum(len(range(n_slices)[part]) for part in blocks) == n_slices
+
+
+@pytest.mark.parametrize(
+    ("images", "n_images", "expected"),
+    [
+        ([0, 1, 2], 3, 1),
+        ([0, 0, 1, 1], 2, 2),
+        ([0, 1, 0, 1], 2, None),
+        ([0, 0, 1], 2, None),
+        ([0, 0, 1, 1], 3, None),
+        ([1, 0], 2, None),
+    ],
+)
+def test_samples_of_an_image_that_follow_each_other_need_no_index(images, n_images, expected):
+    assert prompts_of_each(images, n_images) == expected
+    rows = randn(n_images, 5).double()
+    index = torch.tensor(images)
+    assert torch.equal(gram_of_samples(rows @ rows.mT, images), (rows @ rows.mT)[index][:, index])
 
 
 @pytest.mark.parametrize("delta", [-1, 0, 1])
