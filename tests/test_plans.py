@@ -11,7 +11,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="pip install 'renyi-kd[triton]'")
 from triton import knobs
@@ -362,3 +363,18 @@ def test_which_gpus_multiply_fp32_on_tensor_cores(capability, expected, monkeypa
         assert row_products.has_tensor_cores(torch.device("cpu")) is True
     finally:
         row_products.has_tensor_cores.cache_clear()
+
+
+class Named(Tensor):
+    """Plain memory, with a class of its own."""
+
+
+def test_who_follows_operations_on_tensors_is_seen():
+    x = torch.zeros(2)
+    assert not autograd.is_traced(x, nn.Parameter(x), x.as_subclass(Named))
+    with FakeTensorMode() as mode:
+        assert autograd.is_traced(x)
+    # Outside of the mode its tensors are still no plain memory.
+    fake = mode.from_tensor(x)
+    assert autograd.is_traced(fake)
+    assert autograd.is_traced(x, fake)
