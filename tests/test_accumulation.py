@@ -138,6 +138,26 @@ def test_a_frozen_encoder_gets_no_gradient():
     assert_same_step(setup.exact(batches), expected)
 
 
+def test_weights_that_move_between_two_first_passes_are_noticed():
+    setup, batches = Setup(), images()
+    setup.accumulation.collect(batches[0])
+    with torch.no_grad():
+        next(setup.models[1].parameters()).add_(1)
+    setup.accumulation.collect(batches[1])
+    setup.student(next(setup.accumulation.replay()))
+    with pytest.raises(RuntimeError, match="student must stay as it is from collect.. to the last loss.., got weights"):
+        setup.accumulation.loss()
+
+
+def test_values_are_compared_in_the_first_three_steps():
+    setup = Setup()
+    compared = []
+    for seed in range(5):
+        compared.append(setup.accumulation._passes.cache.micro_batches._compares_values)
+        setup.exact(images(seed=seed))
+    assert compared == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "same"),
     [(None, None, True), ([0, 0], [0, 0], True), ([0, 0], [0, 1], False), (None, [0, 1], False), ([0, 1], None, False)],

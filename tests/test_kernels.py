@@ -13,12 +13,13 @@ from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from renyi_kd.objective import Objective
 from renyi_kd.ops.batch_gram import batch_gram
 from renyi_kd.ops.batch_gram import reference as batch_gram_reference
 from renyi_kd.ops.gram_terms import gram_terms
-from renyi_kd.ops.prompts import gram_of_samples, prompts_of_each
+from renyi_kd.ops.prompts import gram_of_samples, image_index_on, prompts_of_each
 from renyi_kd.ops.relation_scores import reference as relation_scores_reference
 from renyi_kd.ops.relation_scores import relation_scores
 from tests.support import randn
@@ -236,6 +237,17 @@ def test_nan_and_inf_stay_in_their_pixel_and_are_never_a_number(bad, blocks):
 
 
 # batch_gram.
+
+
+def test_images_of_samples_are_copied_to_a_device_once():
+    device, images = torch.device("cpu"), (0, 0, 1)
+    index = image_index_on(device, images)
+    assert index.tolist() == [0, 0, 1]
+    assert image_index_on(device, images) is index
+    # Who follows operations has a tensor of their own.
+    with FakeTensorMode():
+        assert image_index_on(device, images) is not index
+
 
 ROWS = [(1, 1), (2, 5), (4, 3, 7), (3, 11, 6, 5), (5, 2, 3, 4, 2), (12, 9), (13, 3, 7), (25, 2, 5)]
 

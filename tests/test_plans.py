@@ -20,6 +20,7 @@ from triton import knobs
 from renyi_kd import InfoSAMLoss, RelationModule, SAMFeatures, infosam_terms
 from renyi_kd.ops import autograd, launches, row_products
 from renyi_kd.ops.feature_terms import triton as feature_terms
+from renyi_kd.ops.plan import Operation, Place
 from tests.support import in_training, relation_module, sam_features
 from tests.support.direct_launches import compiled_kernels
 from tests.support.launches import launches as counted
@@ -378,3 +379,19 @@ def test_who_follows_operations_on_tensors_is_seen():
     fake = mode.from_tensor(x)
     assert autograd.is_traced(fake)
     assert autograd.is_traced(x, fake)
+
+
+def test_what_an_operation_makes_is_found_by_later_launches():
+    first, second = Place(0, 0, (4,), (1,), torch.float32), Place(1, 0, (4,), (1,), torch.float32)
+    operation = Operation(torch.add, [(first, second), {}], [(0, 2)])
+    operation.addresses = [[(1, 0), (3, 8)]]
+    memory, values = [torch.ones(4), torch.full((4,), 2.0), torch.zeros(0)], [None, None, None, None]
+    operation(memory, [], values)
+    assert torch.equal(memory[2], torch.full((4,), 3.0))
+    assert values == [None, memory[2].data_ptr(), None, memory[2].data_ptr() + 8]
+
+
+def test_an_output_that_is_a_part_of_its_memory_has_room_for_all_of_it():
+    whole = Place(0, 0, (2, 3), (1, 2), torch.float32)
+    assert launches._allocation(whole, 24) == ((2, 3), (1, 2), torch.float32)
+    assert launches._allocation(whole, 40) == ((10,), (1,), torch.float32)
