@@ -42,6 +42,17 @@ def test_at_its_own_size_the_encoder_is_that_of_its_package(weights):
     torch.testing.assert_close(loaded(weights, None).model.image_encoder(image), expected, rtol=0, atol=0)
 
 
+def test_weights_of_another_model_are_named_in_one_line(weights, tmp_path):
+    state = load_file(weights)
+    del state["mask_decoder.iou_token.weight"]
+    path = tmp_path / "other.safetensors"
+    save_file({**state, "statistics": torch.zeros(1)}, path)
+    with pytest.raises(
+        ValueError, match=r"which differs in 2 of them, such as mask_decoder.iou_token.weight; save mob"
+    ):
+        loaded(path, SMALLER)
+
+
 def test_at_another_size_a_copy_is_trained(weights):
     sam = loaded(weights, SMALLER)
     assert sam.image_size == SMALLER

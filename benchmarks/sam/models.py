@@ -118,7 +118,14 @@ def _load_mobile_sam(weights: Path | None, image_size: int | None) -> Sam:
     from safetensors.torch import load_file
 
     model = mobile_sam_at(image_size, build_sam_vit_t())
-    model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    state = {name: value.float() for name, value in load_file(weights).items()}
+    differ = sorted(model.state_dict().keys() ^ state.keys())
+    if differ:
+        raise ValueError(
+            f"--weights must hold the tensors of MobileSAM by their names, got {weights}, which differs in "
+            f"{len(differ)} of them, such as {differ[0]}; save mobile_sam.pt as safetensors"
+        )
+    model.load_state_dict(state)
     # eval() again: TinyViT's attention computes its biases there, and its builder did so before the weights came.
     return Sam(model.eval(), segment_meta, image_size, 256)
 
