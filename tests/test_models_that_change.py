@@ -108,6 +108,21 @@ def test_places_are_found_under_any_name_of_an_adapter(name):
     assert len(student.take().mask_tokens) == 3
 
 
+class Renamed(MiniDecoder):
+    def forward(self, features: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(features * scale)
+
+
+def test_the_image_of_a_decoder_that_names_it_otherwise_is_its_first_argument():
+    student, teacher = MiniSam(), MiniSam()
+    student.mask_decoder = Renamed(4)
+    images = torch.randn(3, 3, 4, 4)
+    tapped = tap(student)
+    student(images)
+    assert torch.equal(tapped.take(images).image_features, student.image_encoder(images))
+    assert InfoSAMLoss(4)(tap(teacher), tapped, images).isfinite()
+
+
 # forwards that belong to another model
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from renyi_kd import InfoSAMLoss, Tap, tap
-from renyi_kd.sam.memory import leaves, snapshot, storage_of
+from renyi_kd.sam.memory import differ, leaves, snapshot, storage_of
 from renyi_kd.sam.step import Call
 from tests.support.models import DIM, hf_batch, hf_sam, hooks_of
 
@@ -490,3 +490,29 @@ def test_a_call_is_of_what_it_was_given_alone_or_by_name():
     for batch in (x, {"x": x}):
         assert call.is_of_another(batch)
         assert both.is_of_another(batch)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "apart"),
+    [
+        (1, 2, True),
+        (1, 1, False),
+        (0.5, 1, True),
+        ("a", "b", True),
+        ("a", "a", False),
+        (1, None, False),
+        ([1], [1, 1], True),
+    ],
+)
+def test_plain_values_tell_batches_apart(a, b, apart):
+    assert differ(a, b) is apart
+    assert differ(b, a) is apart
+    assert differ({"x": a, "y": 0}, {"x": b}) is apart
+
+
+def test_what_a_mapping_of_another_class_holds_is_copied_too():
+    sizes = [1, 2]
+    kept = snapshot(collections.OrderedDict(sizes=sizes, name="a"))
+    sizes.append(3)
+    assert kept.value == collections.OrderedDict(sizes=[1, 2], name="a")
+    assert type(kept.value) is collections.OrderedDict

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from renyi_kd import AdapterDisabled, InfoSAMLoss, Tap, tap
-from renyi_kd.sam.inputs import Comparison, Inputs, Seen, seen
+from renyi_kd.sam.inputs import Comparison, Inputs, Seen, _is_one, seen
 from tests.support.models import (
     DIM,
     IMAGE_SIZE,
@@ -442,6 +442,19 @@ def test_numbers_and_shapes_are_compared_in_every_step():
     fewer.images[0].arguments["x"] = torch.ones(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"images of \(3, 8, 8\) where those of the student are of \(3, 4, 4\)"):
         compare(seen_images(1.0), fewer)
+
+
+def test_views_of_one_memory_in_one_version_are_one():
+    x = torch.zeros(2, 3)
+    assert _is_one(x, x)
+    assert _is_one(x[0], x[0])
+    assert not _is_one(x[0], x[1])
+    assert not _is_one(x, x.clone())
+    assert not _is_one(x.view(6), x)
+    written = x.detach().data
+    assert _is_one(written, x)
+    written.add_(1)
+    assert not _is_one(written, x)
 
 
 def test_points_and_labels_are_the_same_as_a_pair_and_by_name():

@@ -118,6 +118,18 @@ def test_running_statistics_that_follow_the_student_are_refused():
     assert teacher.observe(hf_batch()).mask_tokens.shape == (2, 4, DIM)
 
 
+@pytest.mark.parametrize("part", ["original_module", "modules_to_save"])
+def test_running_statistics_of_what_peft_saves_are_no_business_of_the_other_side(part):
+    original = hf_sam()
+    original.mask_decoder.norm = nn.BatchNorm2d(2)
+    peft_model = with_lora(original, modules_to_save=["norm"]).eval()
+    norm = next(
+        module for name, module in peft_model.named_modules() if part in name and hasattr(module, "running_mean")
+    )
+    norm.train()
+    assert AdapterDisabled(tap(peft_model)).observe(hf_batch()).mask_tokens.isfinite().all()
+
+
 def test_adapters_of_ones_own_are_switched_off_by_a_function():
     class Shifted(nn.Module):
         def __init__(self) -> None:
