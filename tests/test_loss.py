@@ -894,6 +894,13 @@ def test_features_of_the_relation_module_must_be_well_formed(bad):
         relation_module()(*features)
 
 
+def test_relations_of_no_samples_are_refused():
+    with pytest.raises(
+        ValueError, match=r"features.image_features must have shape \[b, d, h, w\] without zeros, got \(0,"
+    ):
+        RelationModule(DIM)(torch.zeros(0, DIM, 3, 3), torch.zeros(0, 1, DIM))
+
+
 def test_an_int32_index_is_fine():
     features = TEACHER._replace(image_index=torch.tensor([3, 1, 1, 0], dtype=torch.int32))
     expected = relation_module()(features.image_features, features.mask_tokens, torch.tensor([3, 1, 1, 0]))
