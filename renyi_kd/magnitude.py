@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ def near_one(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     For what does not depend on the scale of a part. Differentiable; NaN where anything of a part is not finite and the
     part is scaled.
     """
-    largest = x.detach().abs().amax(dims, keepdim=True)
+    # A norm makes no magnitudes of the size of x, as abs() would.
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dims, keepdim=True)
     ordinary = (largest > 1 / _ORDINARY) & (largest < _ORDINARY)
     exponent = largest.clamp_min(torch.finfo(x.dtype).tiny).log2().floor()
     return x * torch.where(ordinary, torch.ones_like(largest), (-exponent).exp2())
