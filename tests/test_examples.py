@@ -55,15 +55,21 @@ def run(path: str, folder: Path) -> str:
     return log.read_text()
 
 
-def run_in_two_processes(path: str) -> str:
+def run_in_two_processes(path: str, folder: Path) -> str:
+    """Return what an example printed in two processes, that of one after that of the other.
+
+    Each has a file: where Python does not buffer, lines that two processes write to one pipe run into one another.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--log-dir", str(folder), "--redirects", "3", "-m", "tests.support.run_example", path]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    command += ["-m", "tests.support.run_example", path]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    logs = {name: [log.read_text() for log in sorted(folder.rglob(name))] for name in ("stdout.log", "stderr.log")}
+    assert done.returncode == 0, (done.stderr, logs)
+    assert len(logs["stdout.log"]) == 2
+    return "".join(logs["stdout.log"])
 
 
 def numbers(name: str, printed: str) -> list[list[float]]:
@@ -83,7 +89,7 @@ def test_example_runs_and_prints(name, tmp_path):
     if module and importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     path = f"examples/{name}.py"
-    lines = numbers(name, run_in_two_processes(path) if name == "ddp" else run(path, tmp_path))
+    lines = numbers(name, run_in_two_processes(path, tmp_path) if name == "ddp" else run(path, tmp_path))
     if name == "cached_teacher":
         assert [line[0] for line in lines] == [4, 0, 0]
     if name == "entropies":
