@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 SOURCE = Path(__file__).parent / "stub_libcuda.c"
 # Where a process looks for the stub, set before it starts: the loader reads its paths once.
@@ -65,4 +64,5 @@ def use_stub(capability: int = 90) -> None:
             return GPUTarget("cuda", capability, 32)
 
     driver.set_active(StubDriver())
-    mock.patch.object(dispatch, "_interprets", return_value=True).start()
+    # No mock: a call of one takes several microseconds, for a question that on a GPU nobody asks.
+    dispatch._interprets = lambda: True

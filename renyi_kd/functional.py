@@ -149,8 +149,11 @@ def infosam_terms(
         )
     check_group("infosam_terms", process_group)
     scope = Scope(global_batch, group=process_group)
-    device = relation.key_proj.weight.device
-    with telling_of_errors(device, group=process_group) if scope.spans_processes else nullcontext():
+    with (
+        telling_of_errors(relation.key_proj.weight.device, group=process_group)
+        if scope.spans_processes
+        else nullcontext()
+    ):
         if process_group is not None and not global_batch:
             raise ValueError(
                 "infosam_terms: process_group must go with global_batch=True, got it without; leave it out for the "

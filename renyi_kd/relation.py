@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -104,7 +105,10 @@ class RelationModule(LoadsWhole):
                 ``function`` begins the message.
 
         """
-        norm, query, key, features = self.layer_norm_mask, self.query_proj, self.key_proj, self.layer_norm_feat
+        # From where modules keep their own, as parameters below.
+        parts: dict[str, Any] = self._modules
+        norm, features = parts["layer_norm_mask"], parts["layer_norm_feat"]
+        query, key = parts["query_proj"], parts["key_proj"]
         key_weight = _parameter(key, "weight")
         if mask_tokens.shape[-1] != self.dim:
             raise ValueError(
