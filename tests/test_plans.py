@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="pip install 'renyi-kd[triton]'")
 from triton import knobs
 
 from renyi_kd import InfoSAMLoss, RelationModule, SAMFeatures, infosam_terms
-from renyi_kd.ops import autograd, launches, row_products
+from renyi_kd.ops import autograd, gpu, launches
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from renyi_kd.ops.plan import Operation, Place
 from tests.support import in_training, relation_module, sam_features
@@ -357,13 +357,13 @@ def test_what_is_packed_is_allocated_for_it():
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
 def test_which_gpus_multiply_fp32_on_tensor_cores(capability, expected, monkeypatch):
-    row_products.has_tensor_cores.cache_clear()
+    gpu.has_tensor_cores.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     try:
-        assert row_products.has_tensor_cores(torch.device("cuda")) is expected
-        assert row_products.has_tensor_cores(torch.device("cpu")) is True
+        assert gpu.has_tensor_cores(torch.device("cuda")) is expected
+        assert gpu.has_tensor_cores(torch.device("cpu")) is True
     finally:
-        row_products.has_tensor_cores.cache_clear()
+        gpu.has_tensor_cores.cache_clear()
 
 
 class Named(Tensor):

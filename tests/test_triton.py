@@ -43,7 +43,7 @@ from tests.support.tolerance import assert_close_on_scale, assert_within_budget
 batch_gram_triton = pytest.importorskip("renyi_kd.ops.batch_gram.triton", reason="pip install 'renyi-kd[triton]'")
 import renyi_kd.ops.feature_terms.triton  # noqa: E402  (operators are known from here on)
 import renyi_kd.ops.gram_terms.triton  # noqa: E402, F401
-from renyi_kd.ops import row_products  # noqa: E402
+from renyi_kd.ops import gpu, row_products  # noqa: E402
 from renyi_kd.ops.feature_terms import teacher_kernel  # noqa: E402
 from renyi_kd.ops.gram_moment import triton as gram_moment_triton  # noqa: E402
 from renyi_kd.ops.gram_terms import launch as gram_terms_launch  # noqa: E402
@@ -276,7 +276,7 @@ def test_products_of_many_rows_keep_the_digits_of_fp32(has_tensor_cores, precisi
         return lambda *_args, **settings: chosen.append(settings["PRECISION"])
 
     monkeypatch.setattr(batch_gram_triton, "launcher", launcher)
-    monkeypatch.setattr(batch_gram_triton, "has_tensor_cores", lambda _device: has_tensor_cores)
+    monkeypatch.setattr(gpu, "has_tensor_cores", lambda _device: has_tensor_cores)
     batch_gram_triton.launch_forward(on_device(randn(batch_gram_triton.MAX_ROWS + 1, 5))[0])
     assert chosen == [precision]
 

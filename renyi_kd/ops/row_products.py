@@ -10,12 +10,13 @@ two products; l l' is below fp32's rounding.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from renyi_kd.ops import gpu
 
 MAX_ROWS = 64
 # Elements of a tile, and of those the ones side by side in memory, chosen so that nothing spills on any target; not
@@ -30,18 +31,10 @@ _ROWS = (4, 16, MAX_ROWS)
 _MATRIX_ROWS = 16
 
 
-@functools.cache
-def has_tensor_cores(device: torch.device) -> bool:
-    """Return whether a device multiplies matrices of bf16, and of fp32 rounded to 11 bits, in units of their own."""
-    if torch.version.hip is not None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def tile_of_rows(n_rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return the sizes of a tile, how many matrices it is (0: one of all warps), and whether fp32 is split."""
     block_b = next(rows for rows in _ROWS if rows >= n_rows)
-    tensor_cores = has_tensor_cores(device)
+    tensor_cores = gpu.has_tensor_cores(device)
     run, elements = (RUN, ELEMENTS) if tensor_cores else (SMALL_RUN, SMALL_ELEMENTS)
     is_batched = block_b <= _MATRIX_ROWS
     return {

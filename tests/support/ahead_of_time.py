@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from renyi_kd.gram import RBF, KnownKernel, Linear, Polynomial
 from renyi_kd.objective import Distillation, Objective
-from renyi_kd.ops import row_products
+from renyi_kd.ops import gpu as gpus
 from renyi_kd.ops.batch_gram import triton as batch_gram
 from renyi_kd.ops.feature_terms import triton as feature_terms
 from renyi_kd.ops.feature_terms.types import Pair
@@ -210,8 +210,8 @@ def compiling(gpu: GPUTarget, device: int) -> Iterator[list[dict[str, Any]]]:
         mock.patch.object(triton.knobs.compilation, "disable_line_info", True),
         # What the launchers ask of the build of PyTorch, and of the GPU.
         mock.patch.object(torch.version, "hip", "6.0" if gpu.backend == "hip" else None),
-        mock.patch.object(row_products, "has_tensor_cores", has_tensor_cores),
-        mock.patch.object(batch_gram, "has_tensor_cores", has_tensor_cores),
+        mock.patch.object(gpus, "has_tensor_cores", has_tensor_cores),
+        mock.patch.object(gpus, "warp_size", return_value=gpu.warp_size),
     ):
         yield rows
 

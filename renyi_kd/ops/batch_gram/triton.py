@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kd.ops import gpu
 from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.launches import device_of, launcher
 from renyi_kd.ops.row_products import (
     MAX_ROWS,
     add_products,
     gram_of_products,
-    has_tensor_cores,
     no_products,
     tile_of_rows,
 )
@@ -135,7 +135,7 @@ def launch_forward(rows: Tensor) -> Tensor:
         else:
             launcher(_batch_gram_of_blocks_fwd_kernel, (n_blocks * n_blocks, n_splits))(
                 *arguments, BLOCK_S=BLOCK_S, BLOCK_K=BLOCK_K, num_warps=2 * NUM_WARPS,
-                PRECISION="tf32x3" if has_tensor_cores(device_of(rows)) else "ieee",
+                PRECISION="tf32x3" if gpu.has_tensor_cores(device_of(rows)) else "ieee",
             )  # fmt: skip
     return partial
 
