@@ -27,19 +27,6 @@ FEW = ["sm_90", "gfx942"]
 GROUPS = [["sm_90"], ["sm_80", "sm_86", "sm_89"], ["sm_75", "sm_100", "sm_120"], ["gfx942", "gfx1100"]]
 # For these every kernel is compiled, for the others those that may not fit there.
 WHOLE = {"sm_80", "sm_90", "gfx942"}
-# What reaches memory where it should not, by target and kernel, and why it is left so; what no longer does must go.
-SPILLS = {
-    ("sm_80", "_feature_terms_bwd_kernel"): "8 bytes, where pairs are compared in fp32",
-    ("sm_80", "_relation_scores_bwd_kernel"): "8 bytes, of 4096 channels in fp32",
-    ("sm_90", "_gram_terms_fwd_kernel"): "8 bytes, of 256 samples",
-    ("sm_100", "_gram_terms_fwd_kernel"): "8 bytes, of 256 samples",
-    ("sm_120", "_gram_terms_fwd_kernel"): "16 bytes, of 256 samples",
-    ("sm_120", "_relation_directions_bwd_kernel"): "16 bytes, by an option that Triton gives ptxas",
-    ("sm_120", "_relation_directions_fwd_kernel"): "8 bytes, by the same option",
-    ("sm_120", "_relation_grams_kernel"): "8 bytes, by the same option",
-    ("gfx1100", "_gram_moment_bwd_kernel"): "warps are counted for chips where they are twice as wide",
-    ("gfx1100", "_relation_grams_kernel"): "products in fp64 without matrix units",
-}
 
 
 def run(*words: str) -> list[dict[str, Any]]:
@@ -68,8 +55,6 @@ def test_large_tiles_compile_and_fit():
     rows = run("--targets", *FEW, "--large")
     check(FEW, rows)
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels()
-    spills = spills_of(rows)
-    assert spills.keys() <= SPILLS.keys(), [*spills.values()]
 
 
 @pytest.mark.long
@@ -82,20 +67,15 @@ def test_kernels_compile_and_fit(targets):
     if "sm_90" in targets:
         constants = {value for row in rows for value in row["constants"].values() if isinstance(value, str)}
         assert constants >= set(get_args(Distillation))
-    spills = spills_of(rows)
-    assert spills.keys() == {place for place in SPILLS if place[0] in targets}, [*spills.values()]
 
 
 def check(targets: list[str], rows: list[dict[str, Any]]) -> None:
-    """Raise unless there is code for every target, which fits into its shared memory."""
+    """Raise unless there is code for every target, which fits into its registers and its shared memory."""
     assert {row["target"] for row in rows} == set(targets)
     for row in rows:
         assert row["machine_code_bytes"] > 0, row
         assert row["shared_bytes"] <= row["shared_limit"], row
-
-
-def spills_of(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["target"], row["kernel"]): row for row in rows if row["spilled"]}
+        assert row["spilled"] == 0, row
 
 
 def test_a_planted_spill_is_found():

@@ -254,6 +254,7 @@ def launch_backward_of_both(
             TEACHER_CHANNELS_LAST=teacher.channels_last, TEACHER_ALIGN=teacher.align, TEACHER_MERGED=teacher.merged,
             STUDENT_CHANNELS_LAST=student.channels_last, STUDENT_ALIGN=student.align, STUDENT_MERGED=student.merged,
             GRAD_CHANNELS_LAST=grad.channels_last, GRAD_ALIGN=grad.align, GRAD_MERGED=grad.merged,
-            PAIRS=compares_pairs, num_warps=NUM_WARPS,
+            # A pair's gradient takes a map of each model.
+            PAIRS=compares_pairs, num_warps=2 * NUM_WARPS if compares_pairs else NUM_WARPS,
         )  # fmt: skip
     return sums[..., :n_channels], sums[..., n_channels]

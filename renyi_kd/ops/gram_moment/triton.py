@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from renyi_kd.gram import RBF, KnownKernel, Polynomial
+from renyi_kd.ops import gpu
 from renyi_kd.ops.autograd import second_derivative_refusal
 from renyi_kd.ops.launches import launcher
 from renyi_kd.ops.tiles import cdiv
@@ -27,6 +28,7 @@ from renyi_kd.ops.tiles import cdiv
 # Not measured on a GPU yet: among the largest tiles that spill on no target.
 FORWARD_BLOCKS = {"BLOCK_N": 64, "BLOCK_D": 16}
 BACKWARD_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_OUT": 128}
+BACKWARD_THREADS = 256
 _LINEAR, _POLYNOMIAL, _RBF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -258,8 +260,7 @@ def _backward(
         launcher(_gram_moment_bwd_kernel, grid)(
             **arguments, grad_moment_ptr=grad_moment, grad_x_ptr=grad, grad_stride_n=grad.stride(0),
             grad_stride_d=grad.stride(1), n_samples=n_samples, **constants, WHICH=which, **BACKWARD_BLOCKS,
-            # AMD's warps are twice as wide.
-            num_warps=4 if torch.version.hip else 8, num_stages=1,
+            num_warps=BACKWARD_THREADS // gpu.warp_size(grad.device), num_stages=1,
         )  # fmt: skip
     return grad
 

@@ -21,10 +21,8 @@ NUM_WARPS = 4
 def gram_blocks(n_samples: int) -> dict[str, int]:
     """Return the sizes of a block of rows of the Grams, and of one of their parts and entries."""
     # One of two sizes that has room for all samples: every size is compiled anew.
-    return {
-        "BLOCK_R": 4, "BLOCK_S": 64 if n_samples <= 64 else 256, "BLOCK_K": 8, "BLOCK_E": 512,
-        "num_warps": 2 * NUM_WARPS,
-    }  # fmt: skip
+    block_s, num_warps = (64, 2 * NUM_WARPS) if n_samples <= 64 else (256, 4 * NUM_WARPS)
+    return {"BLOCK_R": 4, "BLOCK_S": block_s, "BLOCK_K": 8, "BLOCK_E": 512, "num_warps": num_warps}
 
 
 def launch_forward(
@@ -65,7 +63,7 @@ def launch_forward(
             teacher_scores, student_scores, teacher_tokens, image_parts if n_image_parts > 1 else None, parts,
             image_gram, n_samples, n_scores, n_token_columns, token_stride, n_image_parts, n_steps,
             n_rows * n_samples, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, BLOCK_K=32, BLOCK_E=64, PAIRS=pairs,
-            num_warps=NUM_WARPS,
+            num_warps=2 * NUM_WARPS,
         )  # fmt: skip
         launcher(kernels._gram_terms_fwd_kernel, (1,))(
             image_gram, token_gram, parts, None if weight is None else weight.contiguous(), grams,

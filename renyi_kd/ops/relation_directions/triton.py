@@ -33,7 +33,7 @@ from renyi_kd.ops.tiles import cdiv, next_power_of_2
 BLOCK_T, TILE, BLOCK_J = 2, 4096, 256
 STAGES = tl.constexpr(3)
 BLOCK_R, BLOCK_W = 16, 16
-NUM_WARPS = 8
+NUM_WARPS = 16
 
 
 @triton.jit
@@ -267,7 +267,7 @@ def config(n_channels: int) -> dict[str, int]:
     return {
         "BLOCK_T": block_t, "BLOCK_J": block_j, "BLOCK_K": min(tile // block_j, block_c),
         "BLOCK_R": max(1, min(tile // block_c, block_c)), "BLOCK_C": block_c,
-        "num_warps": NUM_WARPS if block_c < TILE else 2 * NUM_WARPS,
+        "num_warps": NUM_WARPS,
     }  # fmt: skip
 
 
@@ -338,7 +338,7 @@ def launch_backward(
             named.norm_weight, named.norm_bias, grad_directions, grad_offsets, query, u, unit,
             grad_u, grad_query, grad_m, *grad_weights,
             n_rows if n_weight_rows is None else n_weight_rows, n_channels,
-            BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
+            BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS // 2,
         )  # fmt: skip
     return grad_weights
 

@@ -41,6 +41,8 @@ BACKWARD_CHANNELS, BACKWARD_PIXELS = 128, 32
 # Directions of a sample at a time.
 TOKENS = 4
 NUM_WARPS = 4
+# Channels above which the mean of a direction takes the registers of more warps in the backward.
+LONG_DIRECTION = 1024
 # Programs of the backward, at least where there are as many tiles: what it takes to fill the largest GPUs.
 PROGRAMS = 1024
 # Samples whose image is looked up at a time.
@@ -368,7 +370,8 @@ def launch_backward(
             *pixels.strides, *grad_pixels.strides,
             **tile, BLOCK_D=next_power_of_2(n_channels), UNIT=pixels.unit,
             **_constants(pixels), **_constants(grad_pixels, "GRAD_"),
-            ONE_ROW=n_tokens == 1 and (image_index is None or grad_features is None), num_warps=NUM_WARPS,
+            ONE_ROW=n_tokens == 1 and (image_index is None or grad_features is None),
+            num_warps=NUM_WARPS if n_channels <= LONG_DIRECTION else 2 * NUM_WARPS,
         )  # fmt: skip
 
 
