@@ -27,7 +27,8 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0) -> Tensor:
     With ``A = gram / tr(gram)`` and its eigenvalues l_i:  ``S_alpha(A) = log2(sum_i l_i^alpha) / (1 - alpha)``.
     alpha = 1 is the limit ``-sum_i l_i log2 l_i``, and alpha = inf the limit ``-log2 max_i l_i``. alpha = 2 needs no
     eigenvalues: ``-log2 ||A||_F^2``. The value is between 0 (all samples alike) and log2 n (all orthogonal), and does
-    not increase with alpha. Eigenvalues below rounding count as zero, so rank-deficient Grams are fine at any order.
+    not increase with alpha. Eigenvalues below the rounding of the Gram's dtype count as zero, so rank-deficient Grams
+    are fine at any order.
 
     Args:
         gram: ``[..., n, n]``, floating point, symmetric and positive semidefinite; any scale, any diagonal.
@@ -154,11 +155,16 @@ def _entropy(*grams: Tensor, alpha: float) -> Tensor:
     for gram in grams[1:]:
         product, dtype = product * near_one(in_fp64(gram), (-2, -1)), torch.promote_types(dtype, gram.dtype)
     normalised = product / product.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return out_of_fp64(entropy_of_trace_one(normalised, alpha), device, dtype)
+    # Entries are at most 1/n there, so rounding them moves no eigenvalue by more than half of it.
+    rounding = sum(torch.finfo(gram.dtype).eps for gram in grams)
+    return out_of_fp64(entropy_of_trace_one(normalised, alpha, rounding), device, dtype)
 
 
-def entropy_of_trace_one(normalised: Tensor, alpha: float) -> Tensor:
-    """Return the entropy of order ``alpha`` of fp64 matrices ``[..., n, n]`` of trace one, as :func:`renyi_entropy`."""
+def entropy_of_trace_one(normalised: Tensor, alpha: float, rounding: float = 0.0) -> Tensor:
+    """Return the entropy of order ``alpha`` of fp64 matrices ``[..., n, n]`` of trace one, as :func:`renyi_entropy`.
+
+    Eigenvalues up to ``rounding``, or up to that of fp64, count as zero.
+    """
     squares = normalised.square().sum((-2, -1))
     # 1, or NaN where anything is not finite: the gradient of a factor is NaN too, and a GradScaler skips the step.
     factor = squares.detach() * 0 + 1
@@ -167,14 +173,14 @@ def entropy_of_trace_one(normalised: Tensor, alpha: float) -> Tensor:
     # On a CPU eigvalsh raises for NaN, of which it is given none.
     finite = factor == 1
     stand_in = torch.eye(normalised.shape[-1], dtype=normalised.dtype, device=normalised.device)
-    bits = _spectral_entropy(torch.where(finite[..., None, None], normalised, stand_in), alpha)
+    bits = _spectral_entropy(torch.where(finite[..., None, None], normalised, stand_in), alpha, rounding)
     return torch.where(finite, bits, (normalised * factor[..., None, None]).sum((-2, -1)))
 
 
-def _spectral_entropy(normalised: Tensor, alpha: float) -> Tensor:
+def _spectral_entropy(normalised: Tensor, alpha: float, rounding: float) -> Tensor:
     # eigvalsh reads one triangle only; the mean of both makes its gradient that of the whole matrix.
     eigenvalues: Tensor = torch.linalg.eigvalsh((normalised + normalised.mT) / 2)
-    negligible = eigenvalues <= normalised.shape[-1] * torch.finfo(torch.float64).eps
+    negligible = eigenvalues <= max(rounding, normalised.shape[-1] * torch.finfo(torch.float64).eps)
     eigenvalues = eigenvalues.masked_fill(negligible, 0.0)
     eigenvalues = eigenvalues / eigenvalues.sum(-1, keepdim=True)
     if alpha == math.inf:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from renyi_kd.fp64 import fp64_device, no_numbers, out_of_fp64
-from renyi_kd.gram import RBF, KernelName, KnownKernel, Linear, known_kernel
+from renyi_kd.gram import RBF, KernelName, KnownKernel, known_kernel, reads_directions
 from renyi_kd.magnitude import near_one
 from renyi_kd.ops.dispatch import Impl, check_impl
 from renyi_kd.ops.gram_moment import gram_moment
@@ -132,8 +132,7 @@ def _entropies(
         eager = torch.compiler.disable(_entropies)  # type: ignore[no-untyped-call]
         return cast(list[Tensor], eager(function, features, parts, kernel, impl, group))
     kernels, shards = _checked(function, features, kernel, impl, group)
-    # Of the linear kernel only the directions of samples remain, however long these are.
-    features = [near_one(x, -1) if isinstance(one, Linear) else x for x, one in zip(features, kernels, strict=True)]
+    features = [near_one(x, -1) if reads_directions(one) else x for x, one in zip(features, kernels, strict=True)]
     return [_entropy(features[part], kernels[part], impl, shards) for part in parts]
 
 

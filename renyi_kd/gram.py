@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -161,15 +161,24 @@ def gram_matrix(features: Tensor, kernel: Kernel = "linear") -> Tensor:
         kernel = known_kernel("gram_matrix", kernel, "pass a function of the features for any other kernel")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
-        # Of the linear kernel only the directions of samples remain, however long these are.
-        raw = kernel(near_one(features, -1) if isinstance(kernel, Linear) else features)
+        if reads_directions(kernel):
+            features = near_one(features, -1)
+        # A power of numbers that are not near one would leave the range of their dtype, or its gradient would.
+        degree, base = (kernel.degree, replace(kernel, degree=1)) if isinstance(kernel, Polynomial) else (1, kernel)
+        raw = base(features)
         expected = (*features.shape[:-1], features.shape[-2])
         if raw.shape != expected:
             raise ValueError(
                 f"gram_matrix: kernel must return shape {expected}, got {tuple(raw.shape)}; "
                 "it is called with features [..., n, d] and gives one value per pair of samples"
             )
-        return unit_diagonal(raw)
+        unit = unit_diagonal(raw)
+        return unit if degree == 1 else unit**degree
+
+
+def reads_directions(kernel: Kernel) -> bool:
+    """Return whether nothing but the directions of samples remains under a unit diagonal, however long these are."""
+    return isinstance(kernel, Linear) or (isinstance(kernel, Polynomial) and kernel.offset == 0)
 
 
 def unit_diagonal(gram: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from renyi_kd import RBF, conditional_entropy, gram_matrix, joint_entropy, mutual_information, renyi_entropy
+from tests.support import randn
+from tests.support.kernels import value_and_gradients
 
 ORDERS = [0.5, 1.0, 1 + 1e-9, 1 + 1e-4, 1.2, 2.0, 3.0, 50.0, math.inf]
 ALPHAS = st.sampled_from(ORDERS) | st.floats(0.3, 8.0)
@@ -385,6 +387,27 @@ def test_what_counts_as_zero_depends_on_the_samples_and_not_on_the_batch(gap):
     alone = renyi_entropy(gram, 0.1).item()
     assert (alone > 0.01) == (gap > 1e-16)
     assert renyi_entropy(gram.expand(1000, 2, 2), 0.1)[-1].item() == pytest.approx(alone, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n_samples", "rank"), [(8, 1), (64, 8), (256, 16)])
+@pytest.mark.parametrize("order", [0.05, 0.1, 0.3, 0.9])
+def test_rounding_of_a_single_precision_gram_counts_as_zero(n_samples, rank, order):
+    """In fp64 it would pass for n - r eigenvalues of 1e-8, which weigh as much as the others at order 0.1."""
+    features = randn(n_samples, rank)
+    (expected, exact), (value, gradient) = (
+        value_and_gradients(lambda x: renyi_entropy(gram_matrix(x), order), features.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=1e-7)
+    joint = joint_entropy(*[gram_matrix(features)] * 2, alpha=order).item()
+    assert joint == pytest.approx(joint_entropy(*[gram_matrix(features.double())] * 2, alpha=order).item(), abs=1e-4)
+
+
+def test_rounding_of_a_half_precision_gram_counts_as_zero():
+    gram = gram_matrix(randn(64, 8))
+    expected = bits(renyi_entropy, gram, alpha=0.1)
+    assert bits(renyi_entropy, gram.bfloat16(), alpha=0.1) == pytest.approx(expected, abs=0.01)
 
 
 # Dtypes.

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from renyi_kd import RBF, Linear, Polynomial, gram_matrix, renyi_entropy
+from renyi_kd import RBF, Linear, Polynomial, feature_entropy, gram_matrix, renyi_entropy
 from renyi_kd.gram import unit_diagonal
 from tests.support import randn
 from tests.support.clusters import FAR, clusters, differences
+from tests.support.kernels import value_and_gradients
+from tests.support.tolerance import assert_close_on_scale
 
 
 def laplace(x):
@@ -95,6 +97,27 @@ def test_polynomial_defaults_are_quadratic_with_offset_one():
     )
     cosines = gram_matrix(x, Polynomial(degree=1, offset=0))
     torch.testing.assert_close(cosines, gram_matrix(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length"),
+    [
+        (Polynomial(4), 8e3),
+        (Polynomial(6), 8e2),
+        (Polynomial(3), 8e4),
+        (Polynomial(), 1e10),
+        (Polynomial(3, 0.0), 1e-9),
+        (Polynomial(2, 0.0), 1e25),
+    ],
+    ids=str,
+)
+def test_polynomial_of_long_and_short_samples(kernel, length):
+    """A power of lengths that fp32 has may lie beyond its range, and the gradient of its root sooner."""
+    x = length * randn(5, 4)
+    for function in (lambda x: gram_matrix(x, kernel), lambda x: feature_entropy(x, kernel=kernel)):
+        actual, expected = (value_and_gradients(function, x.to(dtype)) for dtype in (torch.float32, torch.float64))
+        torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+        assert_close_on_scale(actual[1], expected[1], name="gradient", rtol=1e-5)
 
 
 def test_callable_is_normalised():

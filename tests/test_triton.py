@@ -705,6 +705,12 @@ def test_moment_around_the_edges_of_tiles(n_samples, kernels):
     check_moment(samples(n_samples, len(kernels)), kernels)
 
 
+@pytest.mark.parametrize("kernel", [gram.Polynomial(4), gram.Polynomial(6, 2.0)], ids=str)
+def test_moment_of_a_power_beyond_fp32(kernel):
+    (features,) = samples(19, 1)
+    check_moment([1e5 * features], [kernel])
+
+
 @pytest.mark.parametrize("n_features", [1, 15, 16, 17, 128, 129])
 def test_moment_of_ragged_features(n_features):
     check_moment(samples(9, 2, n_features), [RBF, LINEAR])

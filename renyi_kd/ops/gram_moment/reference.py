@@ -1,13 +1,15 @@
 r"""Second moment of a Hadamard product of Gram matrices with unit diagonal, in blocks of rows.
 
-    M = sum_ij prod_k K^k_ij^2          K^k_ij = f_k(x_i . x_j) r_i r_j,  K^k_ii = 1
+    M = sum_ij prod_k K^k_ij^2          K^k_ii = 1
+    linear:      K_ij = x_i . x_j r_i r_j                                           r_i = 1 / |x_i|
+    polynomial:  K_ij = c_ij^degree,  c_ij = (x_i . x_j + offset) r_i r_j           r_i = (|x_i|^2 + offset)^(-1/2)
+    RBF:         K_ij = exp(-||x_i - x_j||^2 / (2 bandwidth^2))
 
-f is the identity (linear), (. + offset)^degree (polynomial) or exp(-||x_i - x_j||^2 / (2 bandwidth^2)) (RBF, r = 1).
 With P_ij = prod_k K^k_ij^2 for i != j, C_ij = P_ij / K^k_ij (as a product), s_i = sum_j P_ij, for each variable k:
 
     dx_i = 4 (sum_j A_ij x_j - s_i b_i x_i)
     linear:      A_ij = C_ij r_i r_j                                                b_i = 1 / |x_i|^2
-    polynomial:  A_ij = C_ij degree (x_i . x_j + offset)^(degree - 1) r_i r_j       b_i = degree / (|x_i|^2 + offset)
+    polynomial:  A_ij = C_ij degree c_ij^(degree - 1) r_i r_j                       b_i = degree / (|x_i|^2 + offset)
     RBF:         A_ij = P_ij / bandwidth^2                                          b_i = 1 / bandwidth^2
 
 Square tiles on and below the diagonal are computed, as the rest is the same by symmetry, so that no n x n matrix is
@@ -84,7 +86,7 @@ class Variable(NamedTuple):
         kernel: between its samples.
         rows: ``[n, d]`` in at least fp32; for RBF, whose distances do not depend on the origin, centred and in fp64.
         norms: ``[n]``: squared norms of the rows.
-        inverse: ``[n]``: r, which scales the diagonal to 1; 0 for a sample without direction.
+        inverse: ``[n]``: r, which brings the diagonal to 1; 0 for a sample without direction.
         is_fp64: whether the features were, so that nothing wider hides what an expanded distance loses.
 
     """
@@ -104,10 +106,9 @@ class Variable(NamedTuple):
         """Return the kernel between all rows and those of the same variable of other samples."""
         if isinstance(self.kernel, RBF):
             return self._distances(others).mul_(-_slope(self.kernel) / 2).exp_()
-        values = self.rows @ others.rows.mT
         if isinstance(self.kernel, Polynomial):
-            values = (values + self.kernel.offset) ** self.kernel.degree
-        return values * self.inverse[:, None] * others.inverse
+            return self._cosines(self.kernel, others) ** self.kernel.degree
+        return (self.rows @ others.rows.mT) * self.inverse[:, None] * others.inverse
 
     def slope(self, values: Tensor, others: Variable) -> Tensor:
         """Return K dK/d(x_i . x_j), up to the parts that :meth:`self_slope` has."""
@@ -116,15 +117,19 @@ class Variable(NamedTuple):
         values = values * (self.inverse[:, None] * others.inverse)
         if isinstance(self.kernel, Linear):
             return values
-        offset, degree = self.kernel.offset, self.kernel.degree
-        return degree * values * (self.rows @ others.rows.mT + offset) ** (degree - 1)
+        degree = self.kernel.degree
+        return degree * values * self._cosines(self.kernel, others) ** (degree - 1)
 
     def self_slope(self) -> Tensor:
         """Return what its row sum of squares takes from a row itself, ``[n, 1]``."""
         if isinstance(self.kernel, RBF):
             return torch.full_like(self.norms[:, None], _slope(self.kernel))
         degree = self.kernel.degree if isinstance(self.kernel, Polynomial) else 1
-        return degree * (self.inverse[:, None] ** (2 / degree))
+        return degree * self.inverse[:, None].square()
+
+    def _cosines(self, kernel: Polynomial, others: Variable) -> Tensor:
+        """Return what is raised to a power: scaled first, so that it is near one whatever the features are."""
+        return (self.rows @ others.rows.mT + kernel.offset) * self.inverse[:, None] * others.inverse
 
     def _distances(self, others: Variable) -> Tensor:
         if self.is_fp64:
@@ -146,7 +151,7 @@ def prepare(x: Tensor, kernel: KnownKernel, centre: Tensor | None = None) -> Var
     if isinstance(kernel, RBF):
         rows = rows - (rows.mean(0) if centre is None else centre)
     norms = torch.linalg.vector_norm(rows, dim=1).square()
-    diagonal = (norms + kernel.offset) ** kernel.degree if isinstance(kernel, Polynomial) else norms
+    diagonal = norms + kernel.offset if isinstance(kernel, Polynomial) else norms
     inverse = torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
     return Variable(kernel, rows, norms, inverse, x.dtype == torch.float64)
 

@@ -89,8 +89,9 @@ def _kernel_tile(
             values = product * scales
             slopes = values * scales
         else:
-            lower = _power(product + scale, DEGREE - 1)
-            values = lower * (product + scale) * scales
+            cosines = (product + scale) * scales
+            lower = _power(cosines, DEGREE - 1)
+            values = lower * cosines
             slopes = DEGREE * values * lower * scales
     return values, slopes
 
@@ -181,24 +182,30 @@ def _gram_moment_bwd_kernel(
     )  # fmt: skip
 
 
-def _prepare(x: Tensor, kind: int, scale: float, degree: int) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(x: Tensor, kind: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean of the samples (0 unless RBF), their squared norms, and what scales the diagonal to 1."""
     mean = x.new_zeros(x.shape[1], dtype=torch.float32)
     if kind == _RBF.value:
         mean = x.mean(0, dtype=torch.float32)
         # By blocks: centring all at once would copy the features.
-        norms = torch.cat([torch.linalg.vector_norm(block.float() - mean, dim=1) for block in x.split(8192)]).square()
+        norms = torch.cat([_squared_norms(block.float() - mean) for block in x.split(8192)]).float()
         return mean, norms, norms
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-    diagonal = (norms + scale) ** degree if kind == _POLYNOMIAL.value else norms
-    return mean, norms, torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
+    norms = _squared_norms(x)
+    diagonal = norms + scale if kind == _POLYNOMIAL.value else norms
+    return mean, norms.float(), torch.where(diagonal == 0, 0.0, diagonal.rsqrt()).float()
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Return them in fp64: rounding of what scales the samples would be that of the kernel times its degree."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _arguments(
     features: Sequence[Tensor], kinds: Sequence[int], scales: Sequence[float], degrees: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what both kernels take of the variables, and their constants."""
-    means, norms, inverses = zip(*map(_prepare, features, kinds, scales, degrees), strict=True)
+    means, norms, inverses = zip(*map(_prepare, features, kinds, scales), strict=True)
     arguments = {
         "x_ptrs": tuple(features),
         "mean_ptrs": means,
