@@ -199,6 +199,23 @@ def test_every_mapping_is_one_for_a_tap(kind):
     assert loss_of(CONTAINERS[kind](*values()), through_the_tap=True) == models().plain
 
 
+class Finished(dict):
+    """Takes nothing any more, and says so by an error of its own, as configurations do."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        raise RuntimeError("finished")
+
+
+class Incomplete(dict):
+    """Lacks a value that somebody has to give yet."""
+
+    def __getitem__(self, name: str) -> object:
+        raise RuntimeError("missing")
+
+    def values(self):
+        raise RuntimeError("missing")
+
+
 def beside(depth: int = 2000) -> dict[str, Any]:
     """Return what may lie in a batch beside what the model takes."""
     nested: Any = 1
@@ -243,6 +260,8 @@ def beside(depth: int = 2000) -> dict[str, Any]:
         "a frozen dataclass": Frozen(x, [x]),
         "a class of dataclasses": Slots,
         "keys that are no names": {1: x, (2, 3): x, None: 3},
+        "a mapping that is finished": Finished({"a": {"b": x}}),
+        "a configuration that is not complete": Incomplete({"a": x}),
     }
 
 

@@ -692,6 +692,37 @@ def test_a_tapped_model_pickles_and_loads_where_the_package_is_not(tmp_path):
     assert student(batch).shape == (2, DIM)
 
 
+def test_nothing_stays_of_the_hooks_in_a_pickle_once_it_was_tapped():
+    """In another process a hook may get the number of an old one, and would be called as that was."""
+    model = TwoTowers()
+    student = tap(model, image_features="image", mask_tokens="text")
+    loaded = pickle.loads(pickle.dumps(model))
+    student.close()
+    tap(loaded, image_features="image", mask_tokens="text").close()
+    for module in loaded.modules():
+        for name, held in vars(module).items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                assert not held, (type(module), name)
+
+
+@pytest.mark.parametrize(
+    ("places", "error"),
+    [
+        ({}, "mask decoder"),
+        ({"image_features": "image"}, "given together"),
+        ({"image_features": "image", "mask_tokens": "txet"}, "txet"),
+        ({"image_features": "nowhere", "mask_tokens": "text"}, "nowhere"),
+    ],
+)
+def test_a_tap_that_fails_leaves_the_model_as_it_was_also_where_the_error_is_kept(places, error):
+    model = TwoTowers()
+    with pytest.raises(ValueError, match=error) as kept:
+        tap(model, **places)
+    # As in a shell: the error holds the frames, and these the tap.
+    assert kept.value.__traceback__ is not None
+    assert hooks_of(model) == 0
+
+
 def test_a_copy_of_a_tap_taps_the_copy_of_its_model():
     student, batch = tap(hf_sam()), hf_batch()
     for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):

@@ -236,9 +236,15 @@ def listening_alone(listener: object) -> Iterator[None]:
 def drop_hooks_of_copied_taps(model: nn.Module) -> None:
     """Remove what stands for the hooks of a tap in a copy of its model; of copies of copies there could be many."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hooks, settings in (
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        ):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), nullcontext)]:
                 del hooks[key]
+                # In another process a new hook may have the number, and is not called as those were.
+                for setting in settings:
+                    setting.pop(key, None)
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

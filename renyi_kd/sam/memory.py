@@ -88,7 +88,7 @@ def leaves(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     if isinstance(value, Tensor) or depth == 0:
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for item in _items(value):
             yield from leaves(item, depth - 1)
     elif isinstance(value, tuple | list):
         for item in value:
@@ -122,8 +122,9 @@ def _copied(value: Any, depth: int = _DEPTH) -> Any:
         return value
     try:
         return _copy_of_container(value, depth)
-    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
-        # One that is read-only, or takes other arguments than its contents; it stands as it is.
+    except Exception:
+        # One that is read-only, takes other arguments than its contents or is not complete, by an error of its own
+        # making; it stands as it is.
         return value
 
 
@@ -155,6 +156,14 @@ def _copy_of_container(value: Any, depth: int) -> Any:
             object.__setattr__(twin, name, _copied(item, depth - 1))
         return twin
     return value
+
+
+def _items(mapping: Mapping[Any, Any]) -> list[Any]:
+    """Return the values of a mapping; none where it cannot tell them, as a configuration that is not complete."""
+    try:
+        return list(mapping.values())
+    except Exception:
+        return []
 
 
 def _has_fields(value: Any) -> bool:

@@ -107,7 +107,8 @@ class Tap:
     goes with its thread.
 
     The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
-    tapped. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
+    tapped. Close the tap before ``torch.save(model)`` of a whole model: another process numbers its hooks anew, and calls
+    its own as those that stood there. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
     holds it. Leaving ``with tap(model) as tapped:`` closes it.
     """
 
@@ -123,7 +124,6 @@ class Tap:
             raise TypeError(
                 f"tap: call must be a function of model and batch, got {settings.call!r}; leave it out for a plain call"
             )
-        image_features, mask_tokens = settings.image_features, settings.mask_tokens
         self.model = model
         # Of whom whether it was run by nn.DataParallel, in whose threads nobody takes what they collect.
         self.ran_as_replicas = False
@@ -134,19 +134,12 @@ class Tap:
         refuse_forward_of_another_model(model)
         drop_hooks_of_copied_taps(model)
         self._hooks = Hooks(self)
-        # First and last, also where the model is its own decoder: its call lies around those of its parts.
-        self._hooks.before(model, lambda tap, _module, args, kwargs, _output: tap._begin_forward(args, kwargs))
-        if image_features is None and mask_tokens is None:
-            self._hooks.attach_to_decoders(model, known_decoders(model))
-        elif image_features is None or mask_tokens is None:
-            raise ValueError(
-                "tap: image_features and mask_tokens must be given together, got only one; "
-                "name both places, or none to have them found"
-            )
-        else:
-            self._hooks.attach_to_places(model, image_features, mask_tokens)
-        # A step that fails in a later image leaves whole calls of the earlier ones.
-        self._hooks.after(model, lambda tap, *call: tap._end_forward(call[-1]), always=True)
+        try:
+            self._attach()
+        except BaseException:
+            # Who keeps the error, as a shell does, keeps this tap, and with it hooks that nobody can close.
+            self._hooks.remove()
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model and return what it returns.
@@ -270,6 +263,28 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         return Tap, (self.model, self._settings)
 
+    def _attach(self) -> None:
+        """Register all hooks.
+
+        Raises:
+            ValueError: there is nothing to read, or not where the settings say.
+
+        """
+        image_features, mask_tokens = self._settings.image_features, self._settings.mask_tokens
+        # First and last, also where the model is its own decoder: its call lies around those of its parts.
+        self._hooks.before(self.model, lambda tap, _module, args, kwargs, _output: tap._begin_forward(args, kwargs))
+        if image_features is None and mask_tokens is None:
+            self._hooks.attach_to_decoders(self.model, known_decoders(self.model))
+        elif image_features is None or mask_tokens is None:
+            raise ValueError(
+                "tap: image_features and mask_tokens must be given together, got only one; "
+                "name both places, or none to have them found"
+            )
+        else:
+            self._hooks.attach_to_places(self.model, image_features, mask_tokens)
+        # A step that fails in a later image leaves whole calls of the earlier ones.
+        self._hooks.after(self.model, lambda tap, *call: tap._end_forward(call[-1]), always=True)
+
     def _observe(self, step: Step, role: str) -> tuple[SAMFeatures, Recording]:
         self._check_open()
         with observing(self.model):
@@ -380,6 +395,8 @@ class Tap:
 
     def _why_nothing(self, recording: Recording, *, after_a_run: bool = False) -> str:
         if self.ran_as_replicas:
+            # Said once: the next run may be as it must.
+            self.clear()
             return AS_REPLICAS
         return why_nothing(self.model, self._hooks.decoders, recording, after_a_run=after_a_run)
 
