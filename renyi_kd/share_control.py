@@ -47,11 +47,12 @@ class ShareControl(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("n_steps", torch.zeros(()))
-        self.register_buffer("weight", torch.full((), FIRST_WEIGHT))
+        # Loaders of models set a default dtype of half precision, in which nothing would ever move: see _apply.
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("weight", torch.full((), FIRST_WEIGHT, dtype=torch.float32))
         # Of this process alone, and so no buffer, which DDP would take from the first process.
-        self._squares = torch.zeros(2, 2)
+        self._squares = torch.zeros(2, 2, dtype=torch.float32)
         self._waiting: list[tuple[GradientMeasurement, Tensor]] = []
         self._n_checked = 0
         # Whether all processes were found to have the same settings.

@@ -99,6 +99,20 @@ def test_a_loss_in_half_precision_measures_in_single(dtype):
     assert torch.equal(half.half().share_control.mean, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_under_which_a_loss_is_made_changes_nothing(dtype):
+    """As loaders of models set one; the relation module alone has it."""
+    torch.set_default_dtype(dtype)
+    try:
+        infosam = InfoSAMLoss(DIM, gradient_share=0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    infosam.relation = InfoSAMLoss(DIM).relation
+    # So many that the weight is no longer twice that of the step before, which every dtype holds.
+    assert steps(infosam, 20) == steps(InfoSAMLoss(DIM, gradient_share=0.1), 20)
+    assert steps(through_a_file(infosam), 5, first=20) == steps(infosam, 5, first=20)
+
+
 def test_first_step_has_next_to_no_effect():
     plain, controlled = InfoSAMLoss(DIM), InfoSAMLoss(DIM, gradient_share=0.1)
     teacher, student = sam_features(seed=0), in_training(sam_features(seed=10))
