@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class LoadsWhole(nn.Module):
@@ -28,11 +28,12 @@ class LoadsWhole(nn.Module):
             for part in self.modules()
         ]
         values = [(value, value.detach().clone()) for value in (*self.parameters(), *self.buffers())]
+        dense = {name for name, value in self._named_values() if _is_dense(value)}
         try:
             loaded = super().load_state_dict(state_dict, strict, assign)
-            for name, value in (*self.named_parameters(), *self.named_buffers()):
+            for name, value in self._named_values():
                 # With assign=True they are those of the state dict, whatever these are.
-                if not value.is_floating_point() or value.layout != torch.strided:
+                if name in dense and not _is_dense(value):
                     raise RuntimeError(
                         f"{name} must be a dense tensor of floating point, got {value.dtype}, {value.layout}"
                     )
@@ -50,6 +51,14 @@ class LoadsWhole(nn.Module):
                 f"{error}\n{name}: load_state_dict must be given the state of a module with the same arguments, got "
                 f"the differences above, and has loaded nothing; make the {name} with those of the one that was saved"
             ) from error
+
+    def _named_values(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.is_floating_point() and value.layout == torch.strided
 
 
 @contextmanager

@@ -206,6 +206,31 @@ def test_no_parameter_becomes_what_the_loss_cannot_compute_with(change, message)
     assert message in assert_whole_or_as_before(changed(KEY, change), assign=True)
 
 
+class Counting(InfoSAMLoss):
+    """A loss with entries that are no numbers to compute with: a counter of its own, one of a BatchNorm and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM)
+        self.register_buffer("n_calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("places", torch.eye(3).to_sparse())
+        self.relation.normalised = nn.BatchNorm1d(DIM)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_counters_of_a_subclass_are_loaded_with_it(assign):
+    infosam, resumed = Counting(), Counting()
+    infosam.n_calls += 7
+    infosam.relation.normalised.num_batches_tracked += 5
+    state = copied(infosam.state_dict())
+    resumed.load_state_dict(state, assign=assign)
+    assert (resumed.n_calls.item(), resumed.relation.normalised.num_batches_tracked.item()) == (7, 5)
+    with pytest.raises(RuntimeError, match="size mismatch for relation.key_proj.bias"):
+        resumed.load_state_dict(
+            {**state, "n_calls": torch.tensor(8), "relation.key_proj.bias": torch.zeros(1)}, assign=assign
+        )
+    assert resumed.n_calls.item() == 7
+
+
 @pytest.mark.parametrize("name", ["mean", "n_steps", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_what_the_share_follows_stays_in_single_precision(name, dtype):
