@@ -124,6 +124,7 @@ BANKS = {
     "whole numbers": (with_field(2, Tensor.long), "got mask_tokens that are no dense"),
     "complex": (with_field(3, lambda x: x + 0j), "got teacher_scores that are no dense"),
     "sparse": (with_field(0, Tensor.to_sparse), "got image_features that are no dense"),
+    "meta": (with_field(4, lambda x: x.to("meta")), "got student_scores without numbers, on the device meta; load"),
     "flat maps": (with_field(0, lambda x: x.flatten(1)), "got image_features of shape [4, 420]"),
     "other channels": (with_field(0, lambda x: x[:, :5]), "got maps, tokens and scores of the shapes [4, 5, 5, 7]"),
     "other pixels": (with_field(4, lambda x: x[..., :9]), "[4, 1, 35], [4, 1, 9]"),

@@ -111,6 +111,8 @@ def _fault(state: Any) -> str | None:
     for name, value, n_dims in zip(Samples._fields, (maps, None, tokens, *scores), (4, 0, 3, 3, 3), strict=False):
         if n_dims and not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
             return f"{name} that are no dense tensor of floating point"
+        if n_dims and value.is_meta:
+            return f"{name} without numbers, on the device meta"
         if n_dims and value.ndim != n_dims:
             return f"{name} of shape {list(value.shape)}"
     shapes = [list(value.shape) for value in (maps, tokens, *scores)]
