@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from renyi_kd import AdapterDisabled, CachedTeacher, InfoSAMLoss, SAMFeatures, infosam_terms, tap
+from renyi_kd.sam.threads import observed_elsewhere, observing
 from tests.support import relation_module
 from tests.support.long_run import DIM, SIZE, MiniSAM, task
 
@@ -302,6 +303,39 @@ def test_one_model_is_not_trained_and_observed_at_once(first):
     handle.remove()
     student.clear()
     train()
+
+
+def test_threads_that_only_ask_do_not_see_each_other():
+    model = nn.Linear(1, 1)
+    with observing(model):
+        assert not observed_elsewhere(model)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        found = in_threads(*[lambda: sum(observed_elsewhere(model) for _ in range(20000))] * 2)
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [0, 0]
+
+
+def test_who_observes_is_seen_until_the_outermost_end():
+    model, answers = nn.Linear(1, 1), []
+
+    def ask() -> None:
+        answers.extend(in_threads(lambda: observed_elsewhere(model)))
+
+    ask()
+    with observing(model):
+        ask()
+        with observing(model):
+            ask()
+        ask()
+        assert not observed_elsewhere(model)
+    ask()
+    with suppress(KeyError), observing(model):
+        raise KeyError
+    ask()
+    assert answers == [False, True, True, True, False, False]
 
 
 # processes
