@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from renyi_kd.gradient_share import GradientMeasurement
 from renyi_kd.samples.agreement import agree, meeting
 from renyi_kd.samples.processes import n_processes
-from renyi_kd.whole_state import listed_errors
+from renyi_kd.whole_state import is_dense, listed_errors
 
 # Of the step before which nothing was measured: next to no effect, and enough to be measured in every dtype.
 FIRST_WEIGHT = 2.0**-10
@@ -150,21 +150,29 @@ class ShareControl(nn.Module):
         self._squares, self._waiting = state.detach().clone(), []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        with listed_errors(args[-1]):
+        errors: list[str] = args[-1]
+        n_errors = len(errors)
+        before = [(name, value, value.clone()) for name, value in self.named_buffers()]
+        squares, waiting = self._squares, self._waiting
+        with listed_errors(errors):
             super()._load_from_state_dict(state_dict, prefix, *args)
         # With assign=True they are those of the state dict, in whatever dtype that has.
-        for name, value in list(self._buffers.items()):
-            assert value is not None
-            setattr(self, name, value.detach().to(torch.promote_types(value.dtype, torch.float32)))
-        if any(value.is_meta for value in self.buffers()):
-            return
-        mean, n_steps, weight = self.mean.item(), self.n_steps.item(), self.weight.item()
-        # From any other no step would come back, as the weight follows that of the step before.
-        if not (0 <= mean < math.inf and 0 <= n_steps < math.inf and 0 < weight < math.inf):
-            args[-1].append(
-                "InfoSAMLoss: the state of gradient_share must be a positive weight after some steps, got weight "
-                f"{weight}, mean {mean} and n_steps {n_steps}; load what was saved, in single precision"
-            )
+        for name, value in list(self.named_buffers()):
+            dtype = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype
+            setattr(self, name, value.detach().to(dtype))
+        if all(_has_numbers(value) and not value.is_complex() for value in self.buffers()):
+            mean, n_steps, weight = self.mean.item(), self.n_steps.item(), self.weight.item()
+            # From any other no step would come back, as the weight follows that of the step before.
+            if not (0 <= mean < math.inf and 0 <= n_steps < math.inf and 0 < weight < math.inf):
+                errors.append(
+                    "InfoSAMLoss: the state of gradient_share must be a positive weight after some steps, got weight "
+                    f"{weight}, mean {mean} and n_steps {n_steps}; load what was saved, in single precision"
+                )
+        if len(errors) > n_errors or not all(map(is_dense, self.buffers())):
+            # A module that holds the loss keeps what it has loaded; what the weight follows belongs together.
+            for name, value, numbers in before:
+                setattr(self, name, value.copy_(numbers))
+            self._squares, self._waiting = squares, waiting
 
     def _check_task(self, squares: Tensor) -> None:
         own, task = torch.stack([squares[:, 0].amax(), _task_of(squares)]).tolist()

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 
 class LoadsWhole(nn.Module):
-    """A module that an error in ``load_state_dict`` leaves as it was; PyTorch's own would keep what came before it."""
+    """A module that an error in ``load_state_dict`` leaves as it was; PyTorch's own would keep what came before it.
+
+    The one of a module that holds this one is PyTorch's, which calls that of none of its parts: it raises the same
+    errors, and keeps what came before them.
+
+    """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict as ``torch.nn.Module`` does, whole or not at all.
@@ -28,16 +33,8 @@ class LoadsWhole(nn.Module):
             for part in self.modules()
         ]
         values = [(value, value.detach().clone()) for value in (*self.parameters(), *self.buffers())]
-        dense = {name for name, value in self._named_values() if _is_dense(value)}
         try:
-            loaded = super().load_state_dict(state_dict, strict, assign)
-            for name, value in self._named_values():
-                # With assign=True they are those of the state dict, whatever these are.
-                if name in dense and not _is_dense(value):
-                    raise RuntimeError(
-                        f"{name} must be a dense tensor of floating point, got {value.dtype}, {value.layout}"
-                    )
-            return loaded
+            return super().load_state_dict(state_dict, strict, assign)
         except BaseException as error:
             for part, before in parts:
                 vars(part).update(before)
@@ -52,12 +49,29 @@ class LoadsWhole(nn.Module):
                 f"the differences above, and has loaded nothing; make the {name} with those of the one that was saved"
             ) from error
 
-    def _named_values(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.named_parameters()
-        yield from self.named_buffers()
+    # Which a module that holds this one calls too.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # With assign=True parameters and buffers become those of the state dict, whatever these are.
+        if local_metadata.get("assign_to_params_buffers", False):
+            errors: list[str] = args[-1]
+            for name, value in (*self.named_parameters(), *self.named_buffers()):
+                given = state_dict.get(f"{prefix}{name}")
+                if not is_dense(value) or not isinstance(given, Tensor) or is_dense(given):
+                    continue
+                message = (
+                    f"load_state_dict: {prefix}{name} must be a dense tensor of floating point with assign=True, got "
+                    f"{given.dtype}, {given.layout}; load what was saved, or without assign=True, which converts it"
+                )
+                # Such a module within another has the same to say.
+                if message not in errors:
+                    errors.append(message)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def _is_dense(value: Tensor) -> bool:
+def is_dense(value: Tensor) -> bool:
+    """Return whether a tensor is a dense one of floating point."""
     return value.is_floating_point() and value.layout == torch.strided
 
 

@@ -252,6 +252,44 @@ def test_what_holds_a_loss_hears_of_all_that_does_not_fit_at_once():
     assert torch.equal(both[1].bank.get_extra_state()[0], beginning().bank.get_extra_state()[0])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("name", "change", "message"), SHARES.values(), ids=SHARES)
+def test_what_holds_a_loss_leaves_its_share_as_it_was(name, change, message, assign):
+    """Its load_state_dict keeps what fits, as PyTorch's does, but no half of what the weight follows."""
+    both = nn.ModuleList([copy.deepcopy(beginning())])
+    control = both[0].share_control
+    before, buffers = copied(control.state_dict()), dict(control.named_buffers())
+    waiting = list(control._waiting)
+    state = {f"0.{key}": value for key, value in changed(name, change).items()}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        both.load_state_dict(state, assign=assign)
+    assert control._waiting == waiting
+    assert same(control.state_dict(), before)
+    # DDP sends the buffers that it was made with.
+    assert all(value is buffers[key] for key, value in control.named_buffers())
+    step(both[0], 30)
+
+
+@pytest.mark.parametrize("name", [KEY, "relation.layer_norm_mask.bias", "share_control.weight", "share_control.mean"])
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (Tensor.to_sparse, "torch.float32, torch.sparse_coo"),
+        (lambda x: x + 0j, "torch.complex64, torch.strided"),
+        (Tensor.long, "torch.int64, torch.strided"),
+    ],
+)
+def test_what_holds_a_loss_hears_of_tensors_that_the_loss_cannot_compute_with(name, change, got):
+    both = nn.ModuleList([nn.Linear(1, 1), copy.deepcopy(beginning())])
+    state = {**both.state_dict(), **{f"1.{key}": value for key, value in changed(name, change).items()}}
+    state["0.weight"] = torch.zeros(2, 2)
+    expected = f"load_state_dict: 1.{name} must be a dense tensor of floating point with assign=True, got {got}; load"
+    with pytest.raises(RuntimeError) as caught:
+        both.load_state_dict(state, assign=True)
+    assert str(caught.value).count(expected) == 1
+    assert "size mismatch for 0.weight" in str(caught.value)
+
+
 # what is loaded
 
 
