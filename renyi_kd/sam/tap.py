@@ -107,9 +107,9 @@ class Tap:
     goes with its thread.
 
     The model is never edited: its state dict, signature, pickles and copies are as before, and a copy of it is not
-    tapped. Close the tap before ``torch.save(model)`` of a whole model: another process numbers its hooks anew, and calls
-    its own as those that stood there. A copy of the tap itself taps the copy of its model. A tap is no module, so it adds no parameters to what
-    holds it. Leaving ``with tap(model) as tapped:`` closes it.
+    tapped. Close the tap before ``torch.save(model)`` of a whole model: another process numbers its hooks anew, and
+    calls its own as those that stood there. A copy of the tap itself taps the copy of its model. A tap is no module, so
+    it adds no parameters to what holds it. Leaving ``with tap(model) as tapped:`` closes it.
     """
 
     def __init__(self, model: nn.Module, settings: TapSettings) -> None:
