@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from renyi_kd import InfoSAMLoss, Objective, SAMFeatures, infosam_terms
 from renyi_kd.ops.batch_gram import batch_gram
@@ -117,6 +118,23 @@ def test_prompts_of_one_image_share_its_map_in_the_bank():
     )
     expected = infosam_terms(infosam.relation, teacher, in_training(student)).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_no_index_is_copied_to_the_device_to_keep_samples():
+    """For a copy of numbers of the host to a GPU the host waits, in every step."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    maps, tokens, scores = randn(3, DIM, 5, 7), randn(4, 1, DIM), randn(4, 35)
+    bank = SampleBank(3)
+    with Names():
+        bank.join(Samples(maps, [2, 0, 2, 1], tokens, scores, scores, None, False))
+    assert torch.equal(bank.get_extra_state()[0], maps[[0, 2]])
+    assert not {"aten::index", "aten::index_select", "aten::lift_fresh"} & set(names), names
 
 
 def test_batches_of_one_sample():

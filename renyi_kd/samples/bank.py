@@ -173,7 +173,8 @@ def _kept(samples: Samples, n: int) -> Samples:
         maps = samples.image_features[:n].detach().clone()
     else:
         needed = sorted(set(images[:n]))
-        maps = samples.image_features[needed].detach()
+        # One by one: an index of numbers would be copied from the host, which waits for that.
+        maps = torch.stack([samples.image_features[image].detach() for image in needed])
         images = [needed.index(image) for image in images[:n]]
     scores = samples.teacher_scores, samples.student_scores
     tokens, teacher, student = (value[:n].detach().clone() for value in (samples.mask_tokens, *scores))
