@@ -242,6 +242,46 @@ def test_two_threads_share_a_teacher(kind, tmp_path):
     assert "forward" not in vars(encoder)
 
 
+@pytest.mark.parametrize("check_pixels", [True, False])
+def test_a_step_that_fails_leaves_nothing_to_a_thread_that_waits_for_it(check_pixels, tmp_path, monkeypatch):
+    model = MiniSAM(0)
+    first, second = ({**batch_of(seed, 2), "sample_id": [f"{seed}.0", f"{seed}.1"]} for seed in (0, 1))
+    expected = CachedTeacher(tap(model), tmp_path / "alone").observe(second)
+    teacher = CachedTeacher(tap(model), tmp_path / "shared", check_pixels=check_pixels)
+    teacher.observe(first)
+    inside, waits, waiting = threading.Event(), threading.Event(), threading.local()
+
+    def announced(model: nn.Module) -> Any:
+        if getattr(waiting, "here", False):
+            waits.set()
+        return observing(model)
+
+    def fail(*_: Any) -> None:
+        if not getattr(waiting, "here", False):
+            inside.set()
+            assert waits.wait(SECONDS)
+            raise RuntimeError("no such prompts")
+
+    monkeypatch.setattr("renyi_kd.teachers.cached.observing", announced)
+    handle = model.register_forward_pre_hook(fail)
+
+    def observe_first() -> None:
+        with pytest.raises(RuntimeError, match="no such prompts"):
+            teacher.observe(first)
+
+    def observe_second() -> SAMFeatures:
+        waiting.here = True
+        assert inside.wait(SECONDS)
+        return teacher.observe(second)
+
+    found = in_threads(observe_first, observe_second)[1]
+    handle.remove()
+    assert torch.equal(found.image_features, expected.image_features)
+    # And so is what was written of it.
+    kept = CachedTeacher(tap(model), tmp_path / "shared", check_pixels=False).observe(second)
+    assert torch.equal(kept.image_features, expected.image_features)
+
+
 def test_a_student_that_ran_in_another_thread_is_named():
     student, batch = tap(MiniSAM(1)), batch_of(0)
     infosam_loss, teacher = InfoSAMLoss(DIM), tap(MiniSAM(0))

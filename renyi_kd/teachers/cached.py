@@ -108,7 +108,7 @@ class CachedTeacher:
         ids = [sample for batch in _batches_of(step) for sample in self._ids_of(batch)]
         weights = self._fingerprint()
         fresh: dict[str, tuple[tuple[int, ...], Entry]] = {}
-        encode, n_images = self._encoder.forward, 0
+        n_images = 0
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             nonlocal n_images
@@ -128,13 +128,15 @@ class CachedTeacher:
 
         # Python and files, which torch.compile cannot trace.
         disabled = torch.compiler.disable(answer)  # type: ignore[no-untyped-call]
-        with observing(self.model), _forward_replaced(self._encoder, disabled):
+        # The encoder's own forward is found behind the lock: before it, that may be the answer of another thread.
+        with observing(self.model), _forward_replaced(self._encoder, disabled) as encode:
             features = self.teacher.observe(step)
-        if n_images != len(ids):
-            raise ValueError(
-                f"CachedTeacher: batches must hold one sample id per image that the encoder sees, got {len(ids)} ids "
-                f"and {n_images} images; give the ids in the order of the images, and images, not their embeddings"
-            )
+            if n_images != len(ids):
+                raise ValueError(
+                    "CachedTeacher: batches must hold one sample id per image that the encoder sees, got "
+                    f"{len(ids)} ids and {n_images} images; give the ids in the order of the images, and images, not "
+                    "their embeddings"
+                )
         # Not before: a batch whose ids do not fit would leave images under other names.
         for sample, (size, entry) in fresh.items():
             self._cache.write(sample, weights, size, entry)
@@ -231,12 +233,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the module answer with another function, by an attribute of its own that hides the class's."""
-    had = module.__dict__.get("forward")
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Let the module answer with another function, by an attribute that hides the class's; yield what did so before."""
+    had, before = module.__dict__.get("forward"), module.forward
     module.forward = forward
     try:
-        yield
+        yield before
     finally:
         if had is None:
             del module.forward
