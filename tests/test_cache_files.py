@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
+from renyi_kd.teachers.checked_tensors import CheckedTensors
 from renyi_kd.teachers.encoder_cache import (
     EncoderCache,
     Entry,
@@ -406,6 +408,49 @@ def test_a_file_that_is_replaced_while_it_is_read_is_still_the_one_that_was_open
     assert holds_the_law(cache, path, "a", entry_of(0)) == "served"
     monkeypatch.undo()
     assert holds_the_law(cache, path, "a", entry_of(1, n=300)) == "served"
+
+
+def test_what_is_written_into_a_file_does_not_reach_what_was_read_of_it(tmp_path):
+    entry = entry_of(0, n=100_000)
+    path = write(cache_in(tmp_path), "a", entry)
+    found, _ = read(cache_in(tmp_path))
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(150_000))
+    assert same(found, entry)
+
+
+def test_a_file_that_is_cut_off_kills_no_process(tmp_path, monkeypatch):
+    cache, entry = cache_in(tmp_path), entry_of(0, n=100_000)
+    path, tensors = write(cache, "a", entry), CheckedTensors.tensors
+
+    def cut_and_read(self: CheckedTensors) -> dict[str, Tensor]:
+        os.truncate(path, 4096)
+        return tensors(self)
+
+    def child() -> None:
+        found, _ = read(cache)
+        os._exit(0 if found is not None and same(found, entry) else 1)
+
+    monkeypatch.setattr(CheckedTensors, "tensors", cut_and_read)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_damaged(tmp_path, monkeypatch):
+    cache, fstat = cache_in(tmp_path), os.fstat
+    path = write(cache, "a", entry_of(0))
+
+    def look_and_cut(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        os.truncate(path, found.st_size - 9)
+        return found
+
+    monkeypatch.setattr("renyi_kd.teachers.checked_tensors.os", SimpleNamespace(fstat=look_and_cut))
+    with pytest.warns(UserWarning, match=r"got a damaged one \(it became shorter while it was read\); it is written"):
+        assert cache.read("a", WEIGHTS, SIZE) is None
 
 
 # what a killed process leaves, and what a living one writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import mmap
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,27 +39,30 @@ class DamagedError(Exception):
 
 
 class CheckedTensors:
-    """An open file. Its metadata can be read at once, its tensors if the checksum fits.
+    """What a file held when it was read. Its metadata can be had at once, its tensors if the checksum fits.
 
     It is opened once, and by its descriptor: safetensors opens a file twice, by its name, and would take the header of
-    one and the numbers of another where a process replaces it in between.
+    one and the numbers of another where a process replaces it in between. And it is read once, into memory of its own:
+    of a file in mapped memory, what somebody writes into it later would change numbers after their checksum was
+    found right, and what is cut off would kill the process.
 
     Args:
         path: of the file.
 
     Raises:
-        OSError: it cannot be opened.
-        DamagedError: it has no header of safetensors.
+        OSError: it cannot be read.
+        DamagedError: it has no header of safetensors, or was cut off meanwhile.
 
     """
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            try:
-                # Pages are read when they are needed, into memory that is this process's own.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except ValueError:
-                raise DamagedError("it is empty") from None
+            # Writable, as tensors want their memory.
+            self._data = bytearray(os.fstat(file.fileno()).st_size)
+            if file.readinto(self._data) < len(self._data):
+                raise DamagedError("it became shorter while it was read")
+        if not self._data:
+            raise DamagedError("it is empty")
         self._start = _LENGTH + int.from_bytes(self._data[:_LENGTH], "little")
         try:
             self._header: dict[str, Any] = json.loads(self._data[_LENGTH : self._start])
@@ -72,7 +75,7 @@ class CheckedTensors:
             raise DamagedError("its header cannot be read") from None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by their names, in memory that the file backs.
+        """Return the tensors by their names, in the memory that the file was read into.
 
         Raises:
             DamagedError: a number, name, shape or dtype, or the metadata, is not as it was written.
