@@ -6,6 +6,7 @@ The law: what is read is bit for bit what was written; or nothing, with a warnin
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -173,6 +174,20 @@ def test_thumbnails_tell_images_apart_beyond_rounding():
     # Of an empty image what counts is no relative error.
     assert not show_other_images(torch.zeros(3), torch.full((3,), 4e-6))
     assert show_other_images(torch.zeros(3), torch.full((3,), 6e-6))
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_thumbnails_that_are_not_finite_are_of_other_images(odd):
+    images = torch.rand(1, 3, 64, 64)
+    (usual,), (empty,) = probe(images), probe(torch.full_like(images, odd))
+    images[0, 1, 9, 9] = odd
+    (spotted,), (flipped,) = probe(images), probe(images.flip(-1))
+    for one, other in ((usual, spotted), (usual, empty), (usual, flipped), (spotted, flipped), (spotted, empty)):
+        assert show_other_images(one, other)
+        assert show_other_images(other, one)
+    assert not show_other_images(spotted, spotted)
+    # Where the rest differs, one such number hides it no longer.
+    assert show_other_images(spotted, spotted * 1.006)
 
 
 def test_an_output_has_a_row_for_every_image():
