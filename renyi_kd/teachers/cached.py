@@ -39,13 +39,13 @@ class CachedTeacher:
         teacher: the tap of the frozen model.
         folder: where the features lie, one file per image; several processes may share it.
         sample_ids: the name under which a batch, or every dict of a list, holds one id per image. Or a function from
-            the batch to the ids. An id stands for an image with its augmentations. What is flipped or cropped at
-            random needs an id for each of its forms.
+            the batch to the ids. An id stands for an image with its augmentations. What is flipped, cropped, blurred
+            or given noise at random needs an id for each of its forms.
         preprocessing: anything that distinguishes how images are prepared, beside their size.
         encoder: the path of the image encoder; None for the first ``image_encoder`` or ``vision_encoder``.
         dtype: of the cached features, fp16 or bf16.
-        check_pixels: whether a thumbnail of every image is compared with that of the cached one. On a GPU this waits
-            for the device.
+        check_pixels: whether a thumbnail of every image is compared with that of the cached one. It tells other images,
+            flips, crops and colours, but hardly noise or blur. On a GPU this waits for the device.
 
     Raises:
         TypeError: ``teacher`` is not a tap, or ``dtype`` is neither fp16 nor bf16.
@@ -172,8 +172,8 @@ class CachedTeacher:
                 if show_other_images(entry.probe, seen):
                     raise ValueError(
                         f"CachedTeacher: sample {sample!r} must be the image that was cached under this id, got other "
-                        "pixels; make random flips and crops part of the id, apply them after the features are known, "
-                        "or do without a cache"
+                        "pixels; make random augmentations part of the id, apply them after the features are known, or "
+                        "do without a cache"
                     )
         dtype = next((parameter.dtype for parameter in self._encoder.parameters()), torch.float32)
         values = []
