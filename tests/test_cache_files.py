@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from renyi_kd.teachers.checked_tensors import CheckedTensors
@@ -41,6 +42,7 @@ from renyi_kd.teachers.encoder_cache import (
     image_part,
     probe,
     show_other_images,
+    some_numbers,
 )
 
 WEIGHTS, SIZE = "0123456789abcdef", (3, 32, 32)
@@ -174,6 +176,56 @@ def test_thumbnails_tell_images_apart_beyond_rounding():
     # Of an empty image what counts is no relative error.
     assert not show_other_images(torch.zeros(3), torch.full((3,), 4e-6))
     assert show_other_images(torch.zeros(3), torch.full((3,), 6e-6))
+
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(40, 30, 3, 3),
+    "channels last": lambda: torch.randn(40, 30, 3, 3).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.randn(70, 130).mT,
+    "a part": lambda: torch.randn(70, 130)[::2, 1:],
+    "expanded": lambda: torch.randn(70, 1).expand(70, 130),
+    "long": lambda: torch.randn(1000),
+    "few": lambda: torch.randn(2, 3),
+    "one": lambda: torch.randn(()),
+    "none": lambda: torch.randn(3, 0),
+    "integers": lambda: torch.randint(1, 9, (70, 130)).mT,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the numbers of every tensor that has memory of its own."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known, self.made = known.untyped_storage().data_ptr(), [0]
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != self.known:
+            self.made.append(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_some_numbers_of_a_weight_tell_a_change_and_copy_no_more(layout):
+    weight = LAYOUTS[layout]()
+    with Allocations(weight) as allocations:
+        before = some_numbers([weight, torch.ones(2)])
+    assert max(allocations.made) <= 66
+    assert some_numbers([weight, torch.ones(2)]) == before
+    assert len(before) // 4 - 2 == weight.numel() or len(before) // 4 - 2 > 32
+    assert (some_numbers([weight * 2, torch.ones(2)]) == before) == (layout == "none")
+
+
+def test_some_numbers_are_spread_over_a_weight():
+    def taken(*shape: int) -> list[float]:
+        numbers = some_numbers([torch.arange(math.prod(shape)).view(shape)])
+        return torch.frombuffer(bytearray(numbers), dtype=torch.float32).tolist()
+
+    assert taken(1000) == list(range(0, 1000, 16))
+    assert taken(65) == list(range(0, 65, 2))
+    assert taken(64, 5) == list(range(0, 320, 5))
+    assert taken(2, 48) == [*range(0, 48, 2), *range(48, 96, 2)]
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])

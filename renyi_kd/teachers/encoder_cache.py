@@ -207,15 +207,18 @@ def show_other_images(cached: Tensor, seen: Tensor) -> bool:
 
 
 def some_numbers(tensors: Sequence[Tensor]) -> bytes:
-    """Return up to 64 numbers of each tensor, at equal distances; waits for the device."""
-    parts = []
-    for tensor in tensors:
-        values = getattr(tensor, "_local_tensor", tensor).detach().reshape(-1)
-        parts.append(values[:: max(1, len(values) // 64)][:64].float())
+    """Return up to 64 numbers of each tensor, spread over it; waits for the device."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for part in parts:
-        by_device.setdefault(part.device, []).append(part)
-    return b"".join(bytes(torch.cat(each).cpu().view(torch.uint8).tolist()) for each in by_device.values())
+    for tensor in tensors:
+        values, left = getattr(tensor, "_local_tensor", tensor).detach(), 64
+        spread = []
+        # Dimension by dimension: to flatten what is not contiguous, as under channels_last, would copy all of it.
+        for size in values.shape:
+            step = max(1, -(-size // left))
+            spread.append(slice(None, None, step))
+            left //= max(1, -(-size // step))
+        by_device.setdefault(values.device, []).append(values[tuple(spread)].reshape(-1).float())
+    return b"".join(bytes(memory(torch.cat(each).cpu())) for each in by_device.values())
 
 
 def fingerprint(module: nn.Module, adapters: str = "") -> str:
