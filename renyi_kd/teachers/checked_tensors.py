@@ -39,7 +39,7 @@ class DamagedError(Exception):
 
 
 class CheckedTensors:
-    """What a file held when it was read. Its metadata can be had at once, its tensors if the checksum fits.
+    """What a file held when it was read: its metadata, and its tensors, which are to be taken where the checksum fits.
 
     It is opened once, and by its descriptor: safetensors opens a file twice, by its name, and would take the header of
     one and the numbers of another where a process replaces it in between. And it is read once, into memory of its own:
@@ -74,8 +74,8 @@ class CheckedTensors:
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise DamagedError("its header cannot be read") from None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by their names, in the memory that the file was read into.
+    def check(self) -> None:
+        """Compare the checksum.
 
         Raises:
             DamagedError: a number, name, shape or dtype, or the metadata, is not as it was written.
@@ -84,6 +84,9 @@ class CheckedTensors:
         with memoryview(self._data) as data, data[self._start :] as numbers:
             if self.metadata.get("checksum") != _checksum(self._header, [numbers]):
                 raise DamagedError("its checksum does not fit")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a file whose checksum fits by their names, in the memory that it was read into."""
         return {name: self._tensor(layout) for name, layout in self._header.items() if name != "__metadata__"}
 
     def _tensor(self, layout: dict[str, Any]) -> Tensor:

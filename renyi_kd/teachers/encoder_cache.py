@@ -95,7 +95,10 @@ class EncoderCache:
                     stacklevel=2,
                 )
                 return None
-            # First whether it is a file of this cache, then whether it is whole, and then whose it is.
+            # First whether it is a file of this cache, then whether it is whole, and then whose it is. What is damaged
+            # may be the name of the format.
+            if file.metadata.get("format") == _FORMAT or file.metadata.keys() >= {"checksum", "structure"}:
+                file.check()
             self._check(path, file.metadata, {"format": _FORMAT})
             tensors = file.tensors()
         except FileNotFoundError:
@@ -166,7 +169,7 @@ class EncoderCache:
             if found.get(name) != value:
                 raise ValueError(
                     f"CachedTeacher: the {name} of {path} must be {value!r}, got {found.get(name)!r}; "
-                    "give each teacher, preprocessing and image size a folder of its own, or delete this one"
+                    "give each teacher, preprocessing and image size a folder of its own, or delete this file"
                 )
 
     def _rounded(self, sample: str, leaf: Tensor) -> Tensor:
