@@ -151,6 +151,16 @@ def test_a_long_id_of_any_letters_fits_into_a_file_name(tmp_path):
     assert same(read(cache_in(tmp_path), sample)[0], entry_of(0))
 
 
+def test_an_id_may_be_any_name_that_a_folder_lists(tmp_path):
+    samples = [os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png", b"caf\xc3\xa9.png")]
+    for number, sample in enumerate(samples):
+        write(cache_in(tmp_path), sample, entry_of(number))
+    for number, sample in enumerate(samples):
+        found, said = read(cache_in(tmp_path), sample)
+        assert not said
+        assert same(found, entry_of(number))
+
+
 def test_a_file_of_an_earlier_version_is_found_again(tmp_path):
     path = write(cache_in(tmp_path), "train/cat 1.png", entry_of(0))
     assert path.name == "train_cat_1.png-0d810028c239.safetensors"

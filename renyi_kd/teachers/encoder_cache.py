@@ -152,7 +152,9 @@ class EncoderCache:
     def _path(self, sample: str) -> Path:
         # Readable, and unlike for ids that differ in what a file name cannot hold. Its bytes are what is limited.
         readable = re.sub(r"[^\w.-]", "_", sample)[:64].encode()[:192].decode(errors="ignore")
-        return self.folder / f"{readable}-{hashlib.blake2b(sample.encode(), digest_size=6).hexdigest()}.safetensors"
+        # Names of files that are not of UTF-8 hold surrogates.
+        digest = hashlib.blake2b(sample.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+        return self.folder / f"{readable}-{digest}.safetensors"
 
     def _identity(self, sample: str, weights: str, size: tuple[int, ...]) -> dict[str, str]:
         return {
