@@ -19,6 +19,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_what_is_not_of_real_numbers_is_refused(tmp_path):
         TypeError, match=r"output must hold floats, integers or booleans, got torch.complex64; name a mod"
     ):
         cache_in(tmp_path).entry("a", [torch.zeros(2, dtype=torch.complex64)], *entry_of(0)[1:])
+
+
+Pair = namedtuple("Pair", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("output", "fact"),
+    [
+        (Pair(torch.ones(2), torch.ones(2)), r"TreeSpec\(namedtuple, .*Pair'>, \[\*, \*\]\)"),
+        ({"maps": [Pair(torch.ones(2), 3)]}, r"TreeSpec\(dict, \['maps'\], .*Pair.*"),
+        ({(1, 2): torch.ones(2)}, r"TreeSpec\(dict, \[\(1, 2\)\], \[\*\]\)"),
+        ({b"maps": torch.ones(2)}, r"TreeSpec\(dict, \[b'maps'\], \[\*\]\)"),
+    ],
+)
+def test_an_output_that_would_not_be_read_as_it_was_is_refused_at_once(tmp_path, output, fact):
+    with pytest.raises(TypeError, match=f"must be of tensors, tuples, lists and dicts, got {fact}; name a module"):
+        cache_in(tmp_path).entry("a", *tree_flatten(output), torch.rand(2))
 
 
 def test_a_long_id_of_any_letters_fits_into_a_file_name(tmp_path):

@@ -97,7 +97,7 @@ class CachedTeacher:
         Raises:
             ValueError: the batch does not hold one id per image; or the cache is of other weights, another
                 preprocessing, image size or image, or holds a file that is not the cache's.
-            TypeError: the encoder returns complex tensors.
+            TypeError: the encoder returns complex tensors, or a structure that cannot be written, as a named tuple.
             OSError: a file cannot be read, or not be written, as on a full disk. What is cached stays.
 
         Warns:

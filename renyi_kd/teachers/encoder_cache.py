@@ -124,9 +124,14 @@ class EncoderCache:
 
         Raises:
             ValueError: a value does not fit into the dtype of the cache.
-            TypeError: a tensor is complex.
+            TypeError: a tensor is complex, or the structure cannot be written.
 
         """
+        if not _can_be_written(structure):
+            raise TypeError(
+                "CachedTeacher: the encoder's output must be of tensors, tuples, lists and dicts, got "
+                f"{' '.join(str(structure).split())}; name a module that returns such an output: encoder='path'"
+            )
         return Entry([self._rounded(sample, leaf) for leaf in leaves], structure, probe)
 
     def write(self, sample: str, weights: str, size: tuple[int, ...], entry: Entry) -> None:
@@ -191,6 +196,14 @@ class EncoderCache:
                 "NaN in the image if not"
             )
         return rounded
+
+
+def _can_be_written(structure: TreeSpec) -> bool:
+    """Return whether a structure is read as it was written: a namedtuple is not, nor are a dict's keys of tuples."""
+    try:
+        return treespec_loads(treespec_dumps(structure)) == structure
+    except (NotImplementedError, TypeError, ValueError):
+        return False
 
 
 def probe(images: Tensor) -> Tensor:
