@@ -517,6 +517,24 @@ def test_features_that_fp16_cannot_hold_are_refused(tmp_path):
     assert CachedTeacher(tap(model), tmp_path, dtype=torch.bfloat16).observe(batch).image_features.isfinite().all()
 
 
+def test_the_folder_stays_where_another_directory_is_gone_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    batch, teacher = identified(hf_batch()), CachedTeacher(tap(hf_sam()), "features")
+    (tmp_path / "run" / "features").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    teacher.observe(batch)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "features"]
+
+
+def test_a_folder_may_be_of_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("~/features", "~nobody here"):
+        CachedTeacher(tap(hf_sam()), folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "home", "~nobody here"]
+
+
 def test_other_arguments_of_the_cache_are_refused(tmp_path):
     with pytest.raises(TypeError, match="teacher must be the tap of a frozen model, got SamModel"):
         CachedTeacher(hf_sam(), tmp_path)

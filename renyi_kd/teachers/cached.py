@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class CachedTeacher:
 
     Args:
         teacher: the tap of the frozen model.
-        folder: where the features lie, one file per image; several processes may share it.
+        folder: where the features lie, one file per image; several processes may share it. A relative path is of the
+            directory at this moment, and ``~`` the user's home.
         sample_ids: the name under which a batch, or every dict of a list, holds one id per image. Or a function from
             the batch to the ids. An id stands for an image with its augmentations. What is flipped, cropped, blurred
             or given noise at random needs an id for each of its forms.
@@ -79,7 +80,12 @@ class CachedTeacher:
         self._encoder = encoder_of(teacher.model, encoder)
         self._sample_ids = sample_ids
         self._check_pixels = check_pixels
-        self._cache = EncoderCache(Path(folder), preprocessing=preprocessing, dtype=dtype)
+        place = Path(folder)
+        # A "~name" of no user is a name like any other.
+        with suppress(RuntimeError):
+            place = place.expanduser()
+        # Hydra and others go to another directory later.
+        self._cache = EncoderCache(place.absolute(), preprocessing=preprocessing, dtype=dtype)
         self._weights = ""
         self._known: tuple[Any, ...] = ()
 
