@@ -21,7 +21,7 @@ import uuid
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -626,6 +626,43 @@ def test_without_locks_what_is_older_than_an_hour_is_removed(tmp_path, monkeypat
     cache.write("a", WEIGHTS, SIZE, entry_of(0))
     assert same(read(cache)[0], entry_of(0))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_on_windows_no_file_is_opened_that_another_process_may_be_writing(tmp_path, monkeypatch):
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    (tmp_path / TEMPORARY).touch()
+    os.utime(tmp_path / TEMPORARY, (0, 0))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(Path, "open", refuse)
+    cache_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("times", [3, 1000])
+@pytest.mark.parametrize("where", ["Windows", "elsewhere"])
+def test_on_windows_a_file_that_somebody_reads_is_replaced_a_little_later(tmp_path, monkeypatch, where, times):
+    cache, refused, slept = cache_in(tmp_path), [], []
+    path, replace = write(cache, "a", entry_of(0)), Path.replace
+
+    def refuse_and_replace(self: Path, target: Path) -> Path:
+        if len(refused) < times:
+            refused.append(self)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_and_replace)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    if where == "Windows":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    replaced = where == "Windows" and times == 3
+    with nullcontext() if replaced else pytest.raises(PermissionError, match="must be a file that can be written"):
+        cache.write("a", WEIGHTS, SIZE, entry_of(1))
+    assert len(slept) == len(refused) - (not replaced)
+    assert 0 <= sum(slept) < 2
+    assert same(read(cache)[0], entry_of(int(replaced)))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 # Where locks are of no use: no file takes so many seconds to write.
 _ABANDONED_AFTER = 3600
 _ATTEMPTS = 10
+# Seconds, in all longer than a reader or a scanner has a file open.
+_PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def write_whole(path: Path, parts: Sequence[Memory]) -> None:
@@ -41,7 +43,7 @@ def write_whole(path: Path, parts: Sequence[Memory]) -> None:
                     _lock(file.fileno())
                 file.writelines(parts)
             # Closed before: on NFS a full disk may be an error of that alone.
-            temporary.replace(path)
+            _replace(temporary, path)
             return
         except FileNotFoundError:
             # Removed by a process that started before it was locked, or on a computer that does not see the lock.
@@ -62,26 +64,43 @@ def remove_abandoned(folder: Path) -> None:
         for path in folder.iterdir():
             if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
                 with suppress(OSError):
-                    # Over NFS a lock takes the right to write.
-                    with path.open("r+b") as file:
-                        abandoned = _is_abandoned(file.fileno())
-                    if abandoned:
+                    if _is_abandoned(path):
                         path.unlink()
 
 
+def _on_windows() -> bool:
+    """Return whether there are no locks, and no file can be replaced that is open."""
+    return find_spec("fcntl") is None
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for pause in _PAUSES if _on_windows() else ():
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(pause)
+    temporary.replace(path)
+
+
 def _lock(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        raise OSError(errno.ENOLCK, "Windows has no such locks") from None
+    if _on_windows():
+        raise OSError(errno.ENOLCK, "Windows has no such locks")
+    import fcntl
+
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_abandoned(descriptor: int) -> bool:
-    try:
-        _lock(descriptor)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_AFTER
+def _is_abandoned(path: Path) -> bool:
+    # There the process that writes a file could not name it as long as it is open here.
+    if not _on_windows():
+        # Over NFS a lock takes the right to write.
+        with path.open("r+b") as file:
+            try:
+                _lock(file.fileno())
+                return True
+            except BlockingIOError:
+                return False
+            except OSError:
+                # The file system has no locks.
+                pass
+    return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
