@@ -705,6 +705,22 @@ def test_moment_around_the_edges_of_tiles(n_samples, kernels):
     check_moment(samples(n_samples, len(kernels)), kernels)
 
 
+@pytest.mark.parametrize("kernels", VARIABLES.values(), ids=VARIABLES)
+def test_moment_of_samples_that_are_prepared_in_blocks(kernels, monkeypatch):
+    monkeypatch.setattr(gram_moment_triton, "PREPARED_ELEMENTS", 40)
+    check_moment(samples(BLOCK_N + 1, len(kernels)), kernels)
+
+
+@pytest.mark.parametrize("kernel", [LINEAR, RBF, POLYNOMIAL], ids=str)
+def test_samples_are_prepared_without_a_copy_of_them_all(kernel):
+    features = randn(64, 2**16).to(DEVICE)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        gram_moment_triton._arguments([features], *([number] for number in gram_moment_triton._numbers(kernel)))
+    largest = max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in seen.events())
+    # Bytes of a block in fp64.
+    assert largest <= 8 * gram_moment_triton.PREPARED_ELEMENTS < features.nbytes
+
+
 @pytest.mark.parametrize("kernel", [gram.Polynomial(4), gram.Polynomial(6, 2.0)], ids=str)
 def test_moment_of_a_power_beyond_fp32(kernel):
     (features,) = samples(19, 1)

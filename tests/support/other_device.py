@@ -46,7 +46,6 @@ class Device(TorchDispatchMode):
     def __init__(self, *, has_fp64: bool) -> None:
         super().__init__()
         self.has_fp64 = has_fp64
-        self.waits = 0
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {}, self)

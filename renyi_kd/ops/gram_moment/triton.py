@@ -29,6 +29,8 @@ from renyi_kd.ops.tiles import cdiv
 FORWARD_BLOCKS = {"BLOCK_N": 64, "BLOCK_D": 16}
 BACKWARD_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_OUT": 128}
 BACKWARD_THREADS = 256
+# Of samples that are brought to fp64 at a time.
+PREPARED_ELEMENTS = 2**20
 _LINEAR, _POLYNOMIAL, _RBF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -187,18 +189,22 @@ def _prepare(x: Tensor, kind: int, scale: float) -> tuple[Tensor, Tensor, Tensor
     mean = x.new_zeros(x.shape[1], dtype=torch.float32)
     if kind == _RBF.value:
         mean = x.mean(0, dtype=torch.float32)
-        # By blocks: centring all at once would copy the features.
-        norms = torch.cat([_squared_norms(block.float() - mean) for block in x.split(8192)]).float()
+        norms = _squared_norms(x, mean).float()
         return mean, norms, norms
     norms = _squared_norms(x)
     diagonal = norms + scale if kind == _POLYNOMIAL.value else norms
     return mean, norms.float(), torch.where(diagonal == 0, 0.0, diagonal.rsqrt()).float()
 
 
-def _squared_norms(x: Tensor) -> Tensor:
-    """Return them in fp64: rounding of what scales the samples would be that of the kernel times its degree."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return norms.square()
+def _squared_norms(x: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Return those of samples, less their mean if it is given, in fp64.
+
+    Rounding of what scales the samples would be that of the kernel times its degree.
+    """
+    # By blocks: to centre all at once, or to bring them to another dtype, copies the features.
+    blocks = x.split(max(1, PREPARED_ELEMENTS // x.shape[1]))
+    rows = blocks if mean is None else (block.float() - mean for block in blocks)
+    return torch.cat([torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in rows]).square()
 
 
 def _arguments(
